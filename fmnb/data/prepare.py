@@ -108,27 +108,31 @@ def decode_image(
         raise DataError(f"Image {where} cannot be read ({error}); repair it or take it out.") from None
 
 
-def _image_arrays(items: pd.DataFrame, size: int) -> np.ndarray:
-    "All images as one array (items, height, width, channels); `size` 0 = the median side, at most 64."
+def _image_arrays(items: pd.DataFrame, size: int, mode: str = "") -> np.ndarray:
+    "All images as one array (items, height, width, channels); `size` 0 = the median side, at most 64; no `mode` = 'L' where all are grey."
     images = [decode_image(source, item_id) for source, item_id in zip(items["image"], items["item_id"])]
     if not size:
         size = min(64, int(np.median([side for image in images for side in image.size])))
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    mode = mode or ("L" if all(image.mode == "L" for image in images) else "RGB")
     fitted = (image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for image in images)
     array = np.stack([np.asarray(image.convert(mode)) for image in fitted])
     return array.reshape(*array.shape[:3], -1)
 
 
-def _prepare_images(items: pd.DataFrame, settings: Mapping[str, int]) -> tuple[pa.Array, dict, dict]:
+def _prepare_images(items: pd.DataFrame, settings: Mapping[str, Any], like: Mapping[str, Any] | None) -> tuple[pa.Array, dict, dict]:
     "The `image` column, the input's specification and the preprocessing."
-    array = _image_arrays(items, settings["image_size"])
+    if like:
+        array = _image_arrays(items, like["input_spec"]["height"], {1: "L", 3: "RGB"}[like["input_spec"]["channels"]])
+        preprocessing = dict(like["preprocessing"])
+    else:
+        array = _image_arrays(items, settings["image_size"])
+        train = array[(items["split"] == "train").to_numpy()].reshape(-1, array.shape[-1]) / 255
+        preprocessing = dict(mean=train.mean(axis=0).tolist(), std=train.std(axis=0).clip(min=1 / 255).tolist())
     _, height, width, channels = array.shape
-    train = array[(items["split"] == "train").to_numpy()].reshape(-1, channels) / 255
-    mean, std = train.mean(axis=0), train.std(axis=0).clip(min=1 / 255)
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(height * width * channels), len(array), [None, pa.py_buffer(np.ascontiguousarray(array))])
     spec = dict(modality="image", channels=channels, height=height, width=width)
-    return column, spec, dict(mean=mean.tolist(), std=std.tolist(), image_size=height)
+    return column, spec, preprocessing
 
 # %% ../../nbs/13_data.prepare.ipynb #bc81dc95
 PAD, MASK = "[PAD]", "[MASK]"
@@ -157,17 +161,21 @@ def train_tokenizer(
     return tokenizer
 
 
-def _prepare_texts(items: pd.DataFrame, settings: Mapping[str, int]) -> tuple[pa.Array, dict, dict, "tokenizers.Tokenizer"]:
+def _prepare_texts(items: pd.DataFrame, settings: Mapping[str, Any], like: Mapping[str, Any] | None) -> tuple[pa.Array, dict, dict, "tokenizers.Tokenizer"]:
     "The `tokens` column, the input's specification, the preprocessing and the tokenizer."
     texts = [normalise_text(text) for text in items["text"]]
-    in_train = (items["split"] == "train").to_numpy()
-    tokenizer = train_tokenizer((text for text, chosen in zip(texts, in_train) if chosen), settings["vocab_size"])
-    tokenizer.enable_truncation(settings["max_length"])
+    if like:
+        from tokenizers import Tokenizer
+        tokenizer, max_length = Tokenizer.from_file(str(like["tokenizer"])), like["preprocessing"]["max_length"]
+    else:
+        in_train = (items["split"] == "train").to_numpy()
+        tokenizer, max_length = train_tokenizer([text for text, chosen in zip(texts, in_train) if chosen], settings["vocab_size"]), settings["max_length"]
+    tokenizer.enable_truncation(max_length)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     if empty := [item for item, row in zip(items["item_id"], ids) if not row]:
         raise DataError(f"Item {empty[0]} has an empty text ({len(empty)} in all); take such items out.")
-    spec = dict(modality="text", vocab_size=tokenizer.get_vocab_size(), max_length=settings["max_length"])
-    return pa.array(ids, type=pa.list_(pa.int32())), spec, dict(max_length=settings["max_length"]), tokenizer
+    spec = dict(modality="text", vocab_size=tokenizer.get_vocab_size(), max_length=max_length)
+    return pa.array(ids, type=pa.list_(pa.int32())), spec, dict(max_length=max_length), tokenizer
 
 # %% ../../nbs/13_data.prepare.ipynb #7bb4f8ae
 def fingerprint_items(
@@ -192,9 +200,10 @@ def prepare(
     image_size: int = 0,          # height and width in pixels; 0 = the median side, at most 64
     vocab_size: int = 8192,       # most tokens in the vocabulary
     max_length: int = 160,        # tokens after which a text is cut
+    like: Mapping[str, Any] | None = None,  # a model's description: sizes, statistics and tokenizer follow it
 ) -> Prepared:
-    "Make the Prepared folder of `items`, or open it where it was made before."
-    settings = dict(image_size=image_size, vocab_size=vocab_size, max_length=max_length)
+    "Make the Prepared folder of `items`, or open it where it was made before. Raises `DataError` for data that `like` cannot take."
+    settings = dict(image_size=image_size, vocab_size=vocab_size, max_length=max_length, like=_likeness(items, like))
     fingerprint = stable_hash(fingerprint_items(items), settings, "prepared 1")
     folder = Path(folder or cache_dir() / "prepared" / fingerprint)
     if (folder / "manifest.json").exists():
@@ -209,9 +218,9 @@ def prepare(
     columns = {name: pa.array(items[name].astype(str)) for name in ("item_id", "split")}
     columns["target"] = pa.array(_targets(items, classes))
     if "image" in items:
-        columns["image"], spec, preprocessing = _prepare_images(items, settings)
+        columns["image"], spec, preprocessing = _prepare_images(items, settings, like)
     else:
-        columns["tokens"], spec, preprocessing, tokenizer = _prepare_texts(items, settings)
+        columns["tokens"], spec, preprocessing, tokenizer = _prepare_texts(items, settings, like)
         tokenizer.save(str(partial / "tokenizer.json"))
     table = pa.table(columns)
     with pa.OSFile(str(partial / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -222,6 +231,17 @@ def prepare(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return open_prepared(folder)
+
+
+def _likeness(items: pd.DataFrame, like: Mapping[str, Any] | None) -> str:
+    "A hash of what a model asks of its data; empty where none is followed."
+    if not like:
+        return ""
+    modality = "image" if "image" in items else "text"
+    if like["input_spec"]["modality"] != modality:
+        raise DataError(f"The model to start from takes {like['input_spec']['modality']} data and these are {modality} data; choose another.")
+    tokenizer = Path(like["tokenizer"]).read_bytes() if modality == "text" else b""
+    return stable_hash(like["input_spec"], like["preprocessing"], tokenizer)
 
 
 def _targets(items: pd.DataFrame, classes: list[str]) -> np.ndarray:
