@@ -147,6 +147,8 @@ def config_from_notebook(
     jupyter = {"In", "Out", "exit", "quit"}
     literal = (str, int, float, bool, list, tuple, dict, type(None))
     for name, value in namespace.items():
-        if not name.startswith("_") and name not in declared and name not in jupyter and type(value) in literal:
+        ours = name in declared or name in jupyter or name.startswith("_")
+        constant = name.isupper() and name.lower() not in declared
+        if not ours and not constant and type(value) in literal:
             raise ConfigError(f"Unknown parameter {name!r}. {did_you_mean(name, declared)}")
     return make_config({name: namespace[name] for name in declared}, declared)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'metrics_of_confusions', 'confusion', 'bootstrap_confusions', 'wilson_interval', 'measure', 'class_table',
-           'plot_confusion']
+           'plot_confusion', 'most_confused', 'findings']
 
 # %% ../../nbs/51_eval.metrics.ipynb #02e12400
 from typing import Any
@@ -120,3 +120,33 @@ def plot_confusion(
     axes.set(xlabel="predicted", ylabel="target", title=title)
     axes.tick_params(length=0)
     return axes
+
+# %% ../../nbs/51_eval.metrics.ipynb #5dad52ee
+def most_confused(
+    predictions: pd.DataFrame,  # the predictions table of one split
+) -> pd.DataFrame:              # `target`, `prediction`, `items`, the most frequent error first
+    "Pairs of classes that are taken for one another."
+    wrong = predictions[predictions["target"] != predictions["prediction"]]
+    return wrong.groupby(["target", "prediction"]).size().rename("items").reset_index().sort_values("items", ascending=False, kind="stable", ignore_index=True)
+
+
+def findings(
+    predictions: pd.DataFrame,  # the predictions table of one split
+    history: pd.DataFrame,      # one row an epoch: `valid_loss`, `accuracy`
+) -> list[str]:                 # sentences
+    "What the numbers of one run say: the score, the weakest class, the most frequent error, and how training ended."
+    accuracy, n_wrong = measure(predictions)["accuracy"], int((predictions["target"] != predictions["prediction"]).sum())
+    sentences = [f"{accuracy['n_items'] - n_wrong:,} of {accuracy['n_items']:,} test items are right: accuracy {accuracy['value']:.3f}, "
+                 f"95 % interval [{accuracy['low']:.3f}, {accuracy['high']:.3f}]."]
+    if n_wrong:
+        weakest, pair = class_table(predictions).iloc[0], most_confused(predictions).iloc[0]
+        sentences += [f"The weakest class is {weakest.name}: F1-score {weakest['F1-score']:.3f} on {int(weakest['items'])} items.",
+                      f"The most frequent error takes {pair['target']} for {pair['prediction']}: {pair['items']} of {n_wrong} errors."]
+    best = int(history["valid_loss"].argmin())
+    last = history.iloc[-1]
+    if last["valid_loss"] > 1.15 * history["valid_loss"].min():
+        sentences.append(f"Over-fitting: the validation loss was lowest after epoch {best + 1} and has risen by "
+                         f"{last['valid_loss'] / history['valid_loss'].min() - 1:.0%} since; train for fewer epochs or on more data.")
+    elif len(history) >= 5 and best == len(history) - 1 and last["accuracy"] - history["accuracy"].iloc[-len(history) // 5 - 1] > 0.01:
+        sentences.append("The validation accuracy was still rising at the end; more epochs may help.")
+    return sentences

@@ -1,0 +1,47 @@
+# fmnb: `make demo` for a first result, `make test` for all tests. Each sets up .venv when need be.
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+README := README.md
+# The first of these that is Python 3.11 or 3.12.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help install demo test lab export notebooks readme clean
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED)  ## create .venv and install fmnb with what its developers need
+
+$(INSTALLED): settings.ini setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "fmnb needs Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)  ## train and compare a CNN, an RNN and a Transformer on handwritten digits
+	$(BIN)/fmnb run compare --out runs/demo --overwrite
+
+test: $(INSTALLED)  ## notebooks in sync, clean and executed; contracts, workflows, reports
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+export: $(INSTALLED)  ## write fmnb/ from the notebooks, and clean them
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+notebooks: $(INSTALLED)  ## execute all notebooks but the reports in place, so that their outputs are evidence
+	for notebook in nbs/*.ipynb; do $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(INSTALLED)  ## write README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --RegexRemovePreprocessor.patterns='["#\\|\\s*hide"]' nbs/index.ipynb \
+		| sed 's#](images/#](nbs/images/#g' > $(README)
+
+clean:  ## remove what can be made again, except for runs/
+	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache
+	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,30 @@
+"""What all tests share: a cache of their own, the repository's paths, and notebooks as data."""
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
+                   if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts))
+MODULES = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name) and path.parent.name == "nbs"]
+REPORTS = [path for path in NOTEBOOKS if path.parent.name == "reports"]
+
+
+def notebook_id(path: Path) -> str:
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
+def code_cells(path: Path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Prepared data are made once for all tests, away from the user's cache; kernels inherit it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FMNB_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("FMNB_CACHE")

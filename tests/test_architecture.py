@@ -1,0 +1,84 @@
+"""The layers hold: imports point to smaller numbers, rooms keep to themselves, import stays light."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import MODULES, ROOT, code_cells
+
+
+def number_of_modules(notebooks) -> dict[str, int]:
+    """Module name -> the number of its notebook."""
+    numbers = {}
+    for path in notebooks:
+        number, name = re.match(r"(\d\d)_(.+)", path.stem).groups()
+        numbers[f"fmnb.{name}"] = int(number)
+    return numbers
+
+
+NUMBERS = number_of_modules(MODULES)
+
+
+def upward_imports(module: str, source: str, numbers: dict[str, int]) -> list[str]:
+    """The fmnb modules that `module` imports although their number is not smaller."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        wrong += [name for name in names if name in numbers and numbers[name] >= numbers[module]]
+    return wrong
+
+
+@pytest.mark.parametrize("module", NUMBERS)
+def test_imports_point_to_smaller_numbers(module):
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    assert upward_imports(module, source, NUMBERS) == []
+
+
+@pytest.mark.parametrize("line", ["from fmnb.run.record import runs", "import fmnb.eval.compare", "def f():\n    from fmnb.train.learner import make_learner"])
+def test_an_upward_import_is_found(line):
+    assert upward_imports("fmnb.data.load", line, NUMBERS)
+
+
+def test_evaluation_does_not_import_training():
+    for module in NUMBERS:
+        if module.startswith("fmnb.eval."):
+            source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+            assert "fmnb.train" not in source, module
+
+
+def test_every_module_has_a_notebook():
+    written = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in (ROOT / "fmnb").rglob("*.py")}
+    written = {name for name in written if not name.endswith(("__init__", "_modidx"))}
+    assert written == set(NUMBERS)
+
+
+def exported_cells():
+    return [(path.stem, number, cell.source) for path in MODULES for number, cell in enumerate(code_cells(path)) if re.search(r"^#\|\s*export", cell.source, re.M)]
+
+
+def test_exported_code_is_explicit_and_short():
+    for name, number, source in exported_cells():
+        assert not re.search(r"^\s*from \S+ import \*", source, re.M), f"{name}: star import in code cell {number}"
+        assert "**kwargs" not in source and "store_attr" not in source and "@patch" not in source, f"{name}, code cell {number}"
+        longest = max((node.end_lineno - node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))), default=0)
+        assert longest <= 50, f"{name}: a function of {longest} lines in code cell {number}"
+
+
+def test_public_functions_are_documented():
+    for name, number, source in exported_cells():
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                bare = [argument.arg for argument in node.args.args + node.args.kwonlyargs if argument.annotation is None]
+                assert not bare, f"{name}: {node.name} has no type for {bare}"
+
+
+LIGHT = {"fmnb": ("torch", "fastai", "pandas", "numpy"), "fmnb.core": ("torch", "fastai", "pandas"), "fmnb.run.cli": ("torch", "fastai", "pandas", "papermill")}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_imports_are_lazy(module):
+    code = f"import sys, {module}; print([name for name in {LIGHT[module]!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

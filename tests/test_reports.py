@@ -1,0 +1,19 @@
+"""The reports at their default size, as `make demo` runs them."""
+import nbformat
+import pytest
+from conftest import REPORTS, notebook_id
+from fmnb.run.execute import run
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=notebook_id)
+def test_report_at_default_size(path, tmp_path):
+    done = run(path, out=tmp_path / "run", progress=False)
+    assert done.status["status"] == "finished"
+    notebook = nbformat.read(done.folder / "report.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type in ("error", "stream")]
+    assert (done.folder / "report.html").stat().st_size < 3_000_000
+    models = done.metrics.get("models", {"model": done.metrics})
+    for name, metrics in models.items():
+        floor = 0.90 if name == "baseline" else 0.97
+        assert all(metric["value"] > floor for metric in metrics["test"].values()), name
