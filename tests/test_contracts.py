@@ -29,7 +29,7 @@ def test_registries_cover_each_other():
     assert set(LEARNING_RATES) == {(family, modality) for family in FAMILIES for modality in modalities}
     assert all(set(backbones) == modalities for backbones in BACKBONES.values())
     assert set(BASELINE_NAMES) == set(ITEM_PASSES) == modalities
-    assert all(0 < low < high < 0.1 for low, high in LEARNING_RATES.values())
+    assert all(factor > 0 and 0 < low < high < 0.1 for factor, low, high in LEARNING_RATES.values())
 
 
 @pytest.mark.parametrize("family,modality", BODIES)

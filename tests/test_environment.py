@@ -38,6 +38,7 @@ def test_resolved_set_imports_and_trains():
     """`pip check` can be content with a set that fails at import: so nbdev is imported, and fastai trains."""
     code = """
 import nbdev.export, nbdev.clean, nbdev.process, torch, torchvision
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner

@@ -85,10 +85,10 @@ class BatchLoader(DataLoader):
 # %% ../../nbs/14_data.load.ipynb #9cdc1f9b
 def random_affine(
     images: torch.Tensor,  # (batch, channels, height, width), floating point
-    rotate: float = 12.0,  # largest angle, degrees
-    shift: float = 0.1,    # largest shift, share of the image's side
-    scale: float = 0.1,    # largest relative change of size, each side on its own
-    shear: float = 0.1,    # largest slant, relative
+    rotate: float = 15.0,  # largest angle, degrees
+    shift: float = 0.13,   # largest shift, share of the image's side
+    scale: float = 0.15,   # largest relative change of size, each side on its own
+    shear: float = 0.2,    # largest slant, relative
 ) -> torch.Tensor:         # the same shape; what comes from outside the image is 0
     "Give each image a random affine map, drawn uniformly from the ranges, from PyTorch's global generator."
     batch, _, height, width = images.shape

@@ -87,7 +87,7 @@ class Run:
     def write_config(self, config: Config, report: str, **facts: Any) -> None:
         "Write `config.json`: the resolved parameters and what they ran on; `facts` (for example `data`) are added."
         write_json(self.folder / "config.json", dict(
-            report=report, parameters=config.to_dict(), run_hash=config.run_hash(), packages=_package_versions(),
+            report=report, parameters=config.to_dict(), packages=_package_versions(),
             git=_git_state(), hardware=_hardware(), **facts))
 
     def write_history(self, history: pd.DataFrame) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import ProgressCallback  # also gives Learners `no_bar` and `no_logging`
 from fastai.callback.schedule import SuggestionMethod
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -137,19 +138,22 @@ def learner_history(
 class RangeTest:
     "What a learning-rate range test found."
     learning_rate: float  # the choice
-    suggested: float      # what the valley rule said, before it was kept in the range
+    suggested: float      # what the valley rule said
+    factor: float         # what the family multiplies it by
+    allowed: tuple[float, float]  # and the range it is kept in
     curve: pd.DataFrame   # `learning_rate`, `loss` (smoothed)
 
     def explain(self) -> str:
         "One sentence on how the rate was chosen."
-        if np.isclose(self.learning_rate, self.suggested):
-            return f"The range test suggests a learning rate of {self.suggested:.1e}, and it is taken."
-        return f"The range test suggests a learning rate of {self.suggested:.1e}; kept in the family's range it is {self.learning_rate:.1e}."
+        low, high = self.allowed
+        return (f"The range test suggests {self.suggested:.1e}; times {self.factor:g}, and kept between {low:.1e} and {high:.1e}, "
+                f"that is a peak learning rate of {self.learning_rate:.1e}.")
 
 
 def range_test(
     learn: Learner,                     # left as it is
     allowed: tuple[float, float],       # smallest and largest rate to choose
+    factor: float = 1.0,                # the suggestion is multiplied by it
     steps: int = 100,                   # training steps
 ) -> RangeTest:
     "Find a learning rate by a range test on a copy of the model."
@@ -162,7 +166,7 @@ def range_test(
     set_random_states(**states)
     learn.dls.train.rng.setstate(order)
     curve = pd.DataFrame({"learning_rate": probe.recorder.lrs, "loss": [float(loss) for loss in probe.recorder.losses]})
-    return RangeTest(float(np.clip(suggested, *allowed)), float(suggested), curve)
+    return RangeTest(float(np.clip(factor * suggested, *allowed)), float(suggested), factor, allowed, curve)
 
 
 def plot_range_test(

@@ -17,16 +17,17 @@ from ..config import Config
 from ..core import ConfigError
 from .learner import RangeTest, range_test, seconds_per_epoch
 
-# %% ../../nbs/32_train.recipe.ipynb #7f08f374
+# %% ../../nbs/32_train.recipe.ipynb #d9d942a1
 ITEM_PASSES = {"image": 50_000, "text": 30_000}
 
+# Factor on the range test's suggestion, smallest and largest learning rate.
 LEARNING_RATES = {
-    ("cnn", "image"): (2e-3, 6e-3),
-    ("rnn", "image"): (4e-3, 8e-3),
-    ("transformer", "image"): (2e-3, 4e-3),
-    ("cnn", "text"): (1e-3, 4e-3),
-    ("rnn", "text"): (1e-3, 4e-3),
-    ("transformer", "text"): (5e-4, 2e-3),
+    ("cnn", "image"): (1.0, 2e-3, 3e-3),
+    ("rnn", "image"): (6.0, 7e-3, 1e-2),
+    ("transformer", "image"): (5.0, 2.5e-3, 3.5e-3),
+    ("cnn", "text"): (2.0, 2e-3, 5e-3),
+    ("rnn", "text"): (2.0, 3e-3, 6e-3),
+    ("transformer", "text"): (2.0, 2e-3, 4e-3),
 }
 
 
@@ -52,7 +53,8 @@ def measure_defaults(
     "Find the learning rate where it is 0, and cut the epochs to the budget where there is one."
     found = None
     if config.learning_rate == 0:
-        found = range_test(learn, LEARNING_RATES[config.family, modality])
+        factor, low, high = LEARNING_RATES[config.family, modality]
+        found = range_test(learn, (low, high), factor)
         config = replace(config, learning_rate=float(f"{found.learning_rate:.4g}"))
     if config.budget:
         fitting = int(60 * config.budget / seconds_per_epoch(learn))
