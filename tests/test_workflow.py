@@ -160,7 +160,6 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(parameters, message, 
     ({"data": "digit"}, "Did you mean 'digits'"),
     ({"data": "no/such/folder"}, "nor an existing path"),
     ({"start_from": "no/such/run"}, "does not exist"),
-    ({"learning_rate": 10.0, "epochs": 3}, "set a learning_rate below|no number"),
 ])
 def test_a_failure_half_way_keeps_error_and_notebook(parameters, message, tmp_path):
     with pytest.raises(RunError, match=message):
@@ -170,6 +169,20 @@ def test_a_failure_half_way_keeps_error_and_notebook(parameters, message, tmp_pa
     notebook = nbformat.read(tmp_path / "run" / "report.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))
     assert runs(tmp_path)["status"].tolist() == ["failed"]
+
+
+def test_a_training_that_fails_half_way(tmp_path):
+    """A loss that is no number ends the training; the error says where, and the notebook up to there is kept."""
+    report = nbformat.read(FINETUNE, as_version=4)
+    training = next(cell for cell in report.cells if "train(learn, config)" in cell.source)
+    training.source = "import torch\nmodel.head.linear.weight.data.fill_(torch.nan)\n" + training.source
+    nbformat.write(report, tmp_path / "30_broken.ipynb")
+    with pytest.raises(RunError, match="loss became nan in epoch 1, step 1; set a learning_rate below"):
+        run(tmp_path / "30_broken.ipynb", QUICK, tmp_path / "run", progress=False)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "failed" and "loss became nan" in status["error"]
+    kept = nbformat.read(tmp_path / "run" / "report.ipynb", as_version=4)
+    assert sum(bool(cell.get("outputs")) for cell in kept.cells) > 4
 
 
 def test_an_existing_run_folder_is_refused(finished, tmp_path, capsys):

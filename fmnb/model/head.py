@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ClassificationHead', 'Model', 'build_model', 'save_model', 'read_description', 'load_model',
-           'start_from']
+           'take_backbone']
 
 # %% ../../nbs/23_model.head.ipynb #2855c0a4
 from collections.abc import Mapping
@@ -137,8 +137,8 @@ def load_model(
         raise RunError(f"{folder / 'model.safetensors'} does not hold the model that model.json describes ({str(error).splitlines()[0]}).") from None
     return model.eval()
 
-# %% ../../nbs/23_model.head.ipynb #7e814c67
-def start_from(
+# %% ../../nbs/23_model.head.ipynb #f14e6df1
+def take_backbone(
     model: Model,        # new; its backbone's weights are replaced
     folder: str | Path,  # a model folder, or a run folder that has one
 ) -> Model:              # `model`
