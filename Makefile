@@ -14,7 +14,7 @@ help:  ## what can be made
 
 install: $(INSTALLED)  ## create .venv and install fmnb with what its developers need
 
-$(INSTALLED): settings.ini setup.py pyproject.toml
+$(INSTALLED): settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "fmnb needs Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"

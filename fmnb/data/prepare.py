@@ -83,6 +83,16 @@ class Prepared:
         array = self.table["tokens"].chunk(0)
         return array.values.to_numpy(), array.offsets.to_numpy()
 
+    def contents(self, split: str) -> tuple[Any, np.ndarray]:
+        "What the models see of one split, for other uses: images (items, height, width, channels) or decoded texts; and the targets."
+        positions = self.positions(split)
+        if self.modality == "image":
+            return self.images[positions], self.targets[positions]
+        from tokenizers import Tokenizer
+        values, offsets = self.tokens
+        ids = [values[offsets[i]:offsets[i + 1]].tolist() for i in positions]
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json")).decode_batch(ids), self.targets[positions]
+
 
 def open_prepared(
     folder: str | Path,  # a Prepared folder
@@ -199,7 +209,7 @@ def prepare(
     folder: str | Path = "",      # where to write; empty = the cache, under the fingerprint
     image_size: int = 0,          # height and width in pixels; 0 = the median side, at most 64
     vocab_size: int = 8192,       # most tokens in the vocabulary
-    max_length: int = 160,        # tokens after which a text is cut
+    max_length: int = 128,        # tokens after which a text is cut
     like: Mapping[str, Any] | None = None,  # a model's description: sizes, statistics and tokenizer follow it
 ) -> Prepared:
     "Make the Prepared folder of `items`, or open it where it was made before. Raises `DataError` for data that `like` cannot take."

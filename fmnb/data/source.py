@@ -6,8 +6,9 @@
 __all__ = ['LIBRARIES', 'IMAGE_SUFFIXES', 'TABLE_READERS', 'EMBEDDED', 'load_digits_items', 'clean_passage', 'module_docstrings',
            'load_docstrings_items', 'load_image_folder', 'load_table', 'load_items']
 
-# %% ../../nbs/10_data.source.ipynb #4f273a17
+# %% ../../nbs/10_data.source.ipynb #79b7d5ab
 import ast
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..core import DataError, did_you_mean, stable_hash, unit_hash
+from ..core import DataError, atomic_path, cache_dir, did_you_mean, stable_hash, unit_hash
 
 # %% ../../nbs/10_data.source.ipynb #638dc030
 def load_digits_items() -> pd.DataFrame:  # `item_id`, `image` (PNG, 8 x 8, grey), `label` ('0' to '9')
@@ -92,11 +93,28 @@ def _library_passages(library: str, max_items: int, min_words: int = 12) -> list
     return rows
 
 
+def _library_versions(libraries: tuple[str, ...]) -> list[str | None]:
+    "Versions of the installed libraries; None for one that is not installed."
+    names = importlib.metadata.packages_distributions()
+    return [importlib.metadata.version(names[library][0]) if library in names else None for library in libraries]
+
+
 def load_docstrings_items(
     libraries: tuple[str, ...] = LIBRARIES,  # those not installed are passed over
-    max_items: int = 1200,                   # passages a library
+    max_items: int = 2500,                   # passages a library
 ) -> pd.DataFrame:  # `item_id` (qualified name), `text`, `label` (library), `group` (module), sorted by `item_id`
-    "Passages from the docstrings of the installed scientific libraries, none of them twice."
+    "Passages from the docstrings of the installed scientific libraries, none of them twice; kept in the cache."
+    key = stable_hash("docstrings 1", libraries, _library_versions(libraries), max_items)
+    path = cache_dir() / "docstrings" / f"{key}.parquet"
+    if not path.exists():
+        items = _harvest_docstrings(libraries, max_items)
+        with atomic_path(path) as temporary:
+            items.to_parquet(temporary, index=False)
+    return pd.read_parquet(path)
+
+
+def _harvest_docstrings(libraries: tuple[str, ...], max_items: int) -> pd.DataFrame:
+    "The table of `load_docstrings_items`, parsed from the sources."
     rows = [row for library in libraries for row in _library_passages(library, max_items)]
     items = pd.DataFrame(rows, columns=["item_id", "text", "label", "group"])
     return items[~items["text"].duplicated(keep=False)].sort_values("item_id", ignore_index=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'FAMILY_NAMES', 'check_same_items', 'format_metric', 'comparison_table', 'Difference', 'paired_difference',
-           'compare', 'verdict', 'plot_histories', 'plot_confusions', 'hardest_items']
+           'compare', 'verdict', 'comparison_findings', 'plot_histories', 'plot_confusions', 'hardest_items']
 
 # %% ../../nbs/53_eval.compare.ipynb #b36d892d
 from collections.abc import Mapping, Sequence
@@ -145,6 +145,28 @@ def verdict(
     return (f"{head}{_listed([best])} has the highest macro F1, higher by {by}; "
             f"it cannot be told apart from {_listed([d.other for d in close])}.")
 
+# %% ../../nbs/53_eval.compare.ipynb #a09a5445
+def comparison_findings(
+    predictions: Mapping[str, pd.DataFrame],  # predictions tables with scores, by model
+    baseline: pd.DataFrame,                   # the baseline's predictions table
+    baseline_name: str = "the baseline",      # what to call it
+) -> list[str]:                               # sentences
+    "What a comparison says: who wins, what was gained over the baseline, and what all models get wrong."
+    sentences = []
+    best = next(iter(predictions))
+    if len(predictions) > 1:
+        differences = compare(predictions)
+        best = differences[0].better
+        sentences.append(verdict(differences, len(baseline)))
+    gain = paired_difference(predictions[best], baseline, (best, "baseline"))
+    how = "above" if gain.value >= 0 else "below"
+    sure = "" if gain.told_apart else ", so they cannot be told apart"
+    sentences.append(f"The macro F1 of {_listed([best])} is {abs(gain.value):.3f} {how} that of {baseline_name}; "
+                     f"the 95 % interval of the difference is [{gain.low:+.3f}, {gain.high:+.3f}]{sure}.")
+    wrong = hardest_items(predictions, len(baseline))["wrong"]
+    sentences.append(f"{(wrong == len(predictions)).sum()} of {len(baseline):,} test items are wrong in every model, {(wrong > 0).sum()} in at least one.")
+    return sentences
+
 # %% ../../nbs/53_eval.compare.ipynb #423f6515
 def plot_histories(
     histories: Mapping[str, pd.DataFrame],  # by model: `epoch`, `train_loss`, `valid_loss`, `accuracy`
@@ -157,7 +179,7 @@ def plot_histories(
         axes[0].plot(history["epoch"], history["train_loss"], "--", color=colours[name], linewidth=1)
         axes[0].plot(history["epoch"], history["valid_loss"], color=colours[name], label=label)
         axes[1].plot(history["epoch"], history["accuracy"], color=colours[name], label=label)
-    axes[0].set(xlabel="epoch", ylabel="cross-entropy", title="Loss: training (dashed), validation (solid)", yscale="log")
+    axes[0].set(xlabel="epoch", ylabel="cross-entropy", title="Loss: training (dashed) and validation (solid)", yscale="log")
     axes[1].set(xlabel="epoch", ylabel="accuracy", title="Validation accuracy")
     axes[1].legend(frameon=False)
     sns.despine(figure)

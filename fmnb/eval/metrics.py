@@ -115,10 +115,11 @@ def plot_confusion(
     axes = axes if axes is not None else plt.subplots(figsize=(0.42 * len(counts) + 1.6, 0.42 * len(counts) + 1.2), layout="constrained")[1]
     errors = counts.to_numpy() * (1 - np.eye(len(counts), dtype=int))
     text = np.where(counts > 0, counts.astype(str), "")
-    sns.heatmap(errors, annot=text, fmt="", cmap="Reds", vmin=0, vmax=max(1, errors.max()), cbar=False, square=True, linewidths=0.5,
+    sns.heatmap(errors, annot=text, fmt="", cmap="Reds", vmin=0, vmax=max(4, errors.max()), cbar=False, square=True, linewidths=0.5,
                 linecolor="0.9", xticklabels=counts.columns, yticklabels=counts.index, ax=axes, annot_kws={"size": 8})
     axes.set(xlabel="predicted", ylabel="target", title=title)
     axes.tick_params(length=0)
+    axes.tick_params(axis="y", rotation=0)
     return axes
 
 # %% ../../nbs/51_eval.metrics.ipynb #5dad52ee

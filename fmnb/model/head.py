@@ -30,7 +30,7 @@ class ClassificationHead(nn.Module):
         self,
         n_features: int,               # size of the backbone's features
         n_classes: int,                # number of classes, at least 2
-        dropout: float = 0.1,          # share of the features dropped in training, in [0, 1)
+        dropout: float = 0.0,          # share of the features dropped in training, in [0, 1); backbones have their own
         label_smoothing: float = 0.1,  # share of the target spread over all classes, in [0, 1)
     ):
         super().__init__()

@@ -125,7 +125,7 @@ class TextTransformer(nn.Module):
         vocab_size: int,       # of the tokenizer
         max_length: int = 0,   # taken and not needed: rotary positions have no end
         width: int = 128,      # channels
-        depth: int = 2,        # blocks
+        depth: int = 1,        # blocks; more data carry more
         heads: int = 4,        # attention heads; divides `width`
         dropout: float = 0.2,  # in [0, 1)
     ):

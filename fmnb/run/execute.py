@@ -72,14 +72,23 @@ def _environment(**variables: str) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+_FOLDED = """{% extends 'lab/index.html.j2' %}
+{% block input %}{% if 'parameters' in cell.metadata.get('tags', []) or 'injected-parameters' in cell.metadata.get('tags', []) %}{{ super() }}
+{% else %}<details class="fmnb-code"><summary>code</summary>{{ super() }}</details>{% endif %}{% endblock input %}
+{% block html_head_css %}{{ super() }}
+<style>details.fmnb-code > summary { color: #888; cursor: pointer; font: 12px sans-serif; margin: 4px 0 }
+main, body { max-width: 1100px; margin: 0 auto }</style>{% endblock html_head_css %}"""
+
+
 def write_html(
     notebook: str | Path,  # an executed notebook
     html: str | Path,      # where to write it for a browser
 ) -> None:
-    "Render an executed notebook as one HTML file."
+    "Render an executed notebook as one HTML file that loads nothing from elsewhere; code but for the parameters is folded."
     from nbconvert import HTMLExporter
     logging.getLogger("traitlets").setLevel(logging.ERROR)
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(raw_template=_FOLDED, exclude_input_prompt=True, exclude_output_prompt=True,
+                            mathjax_url="", require_js_url="", jquery_url="")
     body, _ = exporter.from_filename(str(notebook))
     with atomic_path(html) as temporary:
         temporary.write_text(body, encoding="utf-8")

@@ -146,10 +146,15 @@ class Run:
         return pd.read_parquet(self.folder / "predictions.parquet")
 
     def contents(self) -> pd.DataFrame:
-        "What the folder holds: each file with its size in kB."
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return pd.DataFrame({"file": [path.relative_to(self.folder).as_posix() for path in files],
-                             "kB": [round(path.stat().st_size / 1000, 1) for path in files]})
+        "What the folder holds: files, and the runs below it as one line each, with their sizes in kB."
+        rows = []
+        for path in sorted(self.folder.iterdir()):
+            nested = (path / "status.json").exists()
+            files = [path] if nested or path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+            for file in files:
+                size = sum(part.stat().st_size for part in file.rglob("*") if part.is_file()) if nested else file.stat().st_size
+                rows.append((file.relative_to(self.folder).as_posix() + "/" * nested, round(size / 1000, 1)))
+        return pd.DataFrame(rows, columns=["file", "kB"]).set_index("file")
 
 # %% ../../nbs/40_run.record.ipynb #fc5be653
 def run_folder(

@@ -17,8 +17,8 @@ from ..config import Config
 from ..core import ConfigError
 from .learner import RangeTest, range_test, seconds_per_epoch
 
-# %% ../../nbs/32_train.recipe.ipynb #d9d942a1
-ITEM_PASSES = {"image": 50_000, "text": 30_000}
+# %% ../../nbs/32_train.recipe.ipynb #b83debb1
+ITEM_PASSES = {"image": 50_000, "text": 60_000}
 
 # Factor on the range test's suggestion, smallest and largest learning rate.
 LEARNING_RATES = {
