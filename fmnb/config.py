@@ -30,7 +30,7 @@ def _parameter(
     "A dataclass field that knows its limits."
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, many=many))
 
-
+# %% ../nbs/01_config.ipynb #1d178073
 @dataclass(frozen=True)
 class Config:
     "The resolved parameters of one run. Frozen: use `dataclasses.replace` for a changed copy."

@@ -15,7 +15,7 @@ from fmnb.core import ConfigError, RunError
 from fmnb.model.head import load_model
 from fmnb.run.cli import main
 from fmnb.run.execute import run
-from fmnb.run.record import open_run, runs
+from fmnb.run.record import open_run, run_contents, runs
 
 FINETUNE = next(path for path in REPORTS if path.stem == "30_finetune")
 QUICK = {"epochs": 2, "learning_rate": 0.003}
@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
 
 
 def test_run_folder_is_as_promised(finished):
-    assert set(finished.contents().index) == RUN_FILES
+    assert set(run_contents(finished).index) == RUN_FILES
     metrics = finished.metrics
     assert set(metrics) == {"test", "valid", "n_parameters", "train_seconds", "items_per_second", "peak_memory_bytes"}
     assert set(metrics["test"]) == {"accuracy", "precision_macro", "recall_macro", "f1_macro"}
@@ -126,7 +126,7 @@ def papermill(*words, cwd):
 def test_papermill_directly(tmp_path):
     done = papermill(FINETUNE, "out.ipynb", "-p", "epochs", 1, "-p", "learning_rate", 0.003, "-p", "out", "mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert set(open_run(tmp_path / "mine").contents().index) == RUN_FILES - {"report.html", "report.ipynb"}
+    assert set(run_contents(open_run(tmp_path / "mine")).index) == RUN_FILES - {"report.html", "report.ipynb"}
 
 
 def test_papermill_directly_refuses_unknown_parameters(tmp_path):

@@ -19,7 +19,7 @@ from fastai.data.load import DataLoader
 from fastcore.basics import chunked
 
 from ..core import DataError
-from .prepare import Prepared
+from .prepare import Prepared, prepared_images, prepared_tokens
 
 # %% ../../nbs/14_data.load.ipynb #6ea0f509
 @dataclass
@@ -34,10 +34,10 @@ class ImageBatches:
     def fetch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         "Images (batch, channels, height, width), uint8, and targets (batch,), int64."
         chosen = self.positions[rows]
-        images = torch.from_numpy(self.prepared.images[chosen]).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(prepared_images(self.prepared)[chosen]).permute(0, 3, 1, 2).contiguous()
         return images, torch.from_numpy(self.prepared.targets[chosen])
 
-
+# %% ../../nbs/14_data.load.ipynb #7cefd1cf
 @dataclass
 class TextBatches:
     "The texts of some items as token ids, fetched a batch at a time."
@@ -50,12 +50,12 @@ class TextBatches:
     @property
     def lengths(self) -> np.ndarray:
         "Tokens of each item, (items,)."
-        return np.diff(self.prepared.tokens[1])[self.positions]
+        return np.diff(prepared_tokens(self.prepared)[1])[self.positions]
 
     def fetch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         "Token ids (batch, longest), int64, padded with 0 at the end, and targets (batch,), int64."
         chosen = self.positions[rows]
-        values, offsets = self.prepared.tokens
+        values, offsets = prepared_tokens(self.prepared)
         starts, lengths = offsets[chosen], offsets[chosen + 1] - offsets[chosen]
         columns = np.arange(lengths.max())
         inside = columns < lengths[:, None]
@@ -110,7 +110,7 @@ def random_flip(
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 
-
+# %% ../../nbs/14_data.load.ipynb #e2ed7720
 def random_window(
     tokens: torch.Tensor,  # (batch, length), int64, padded with 0 at the end
     shortest: int = 32,    # tokens of the smallest window
@@ -143,7 +143,7 @@ def make_loader(
     "A loader of one split. Without `training` items come in the order of `loader.dataset.positions`, augmentation off."
     positions = prepared.positions(split)
     if not len(positions):
-        raise DataError(f"The prepared data have no {split} items; their splits are {prepared.manifest['counts']}.")
+        raise DataError(f"The prepared data have no {split} items; their splits are {prepared.counts}.")
     source = BATCHES[prepared.modality](prepared, positions)
     if hasattr(source, "lengths") and not training:
         source.positions = positions[np.argsort(source.lengths, kind="stable")]
@@ -151,7 +151,7 @@ def make_loader(
     return BatchLoader(source, bs=batch_size, indexed=True, shuffle=training, drop_last=training,
                        device=torch.device(device or "cpu"), after_batch=_batch_transform(prepared, training))
 
-
+# %% ../../nbs/14_data.load.ipynb #494d8a81
 def _batch_transform(prepared: Prepared, training: bool) -> Callable:
     "What happens to a batch on the device: augmentation (in training), then normalisation."
     if prepared.modality == "text":

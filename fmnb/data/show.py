@@ -47,7 +47,7 @@ def show_texts(
     left = [dict(selector="th, td", props="text-align: left; vertical-align: top"), dict(selector="td", props="overflow-wrap: anywhere")]
     return table.style.hide(axis="index").set_table_styles(left).set_uuid("texts").format(escape="html")
 
-
+# %% ../../nbs/15_data.show.ipynb #5257c06f
 def show_items(
     items: pd.DataFrame,             # rows of an items table
     captions: Sequence[str] | None = None,  # one an item; None = the labels

@@ -98,7 +98,7 @@ def _library_versions(libraries: tuple[str, ...]) -> list[str | None]:
     names = importlib.metadata.packages_distributions()
     return [importlib.metadata.version(names[library][0]) if library in names else None for library in libraries]
 
-
+# %% ../../nbs/10_data.source.ipynb #37f0d1c0
 def load_docstrings_items(
     libraries: tuple[str, ...] = LIBRARIES,  # those not installed are passed over
     max_items: int = 2500,                   # passages a library

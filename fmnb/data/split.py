@@ -29,7 +29,7 @@ def _take_groups(
             break
     return taken
 
-
+# %% ../../nbs/12_data.split.ipynb #c35f7c44
 def split_items(
     items: pd.DataFrame,      # one row an item: unique `item_id`, `label`, optionally `group` and `split`
     test_frac: float = 0.2,   # share of each label for the test, in (0, 1)
@@ -57,7 +57,7 @@ def split_items(
     result[free] = by_group["split"][groups].to_numpy()
     return items.assign(split=result)
 
-
+# %% ../../nbs/12_data.split.ipynb #91d4101d
 def _check(items: pd.DataFrame, test_frac: float, valid_frac: float) -> None:
     "Raise `DataError` where `items` cannot be split."
     if not (0 < test_frac < 1 and 0 < valid_frac < 1 and test_frac + valid_frac < 1):

@@ -71,7 +71,7 @@ class Difference:
         "Does the interval leave out 0?"
         return self.low > 0 or self.high < 0
 
-
+# %% ../../nbs/53_eval.compare.ipynb #19fbe964
 def paired_difference(
     first: pd.DataFrame,    # predictions table
     second: pd.DataFrame,   # predictions table of the same items
@@ -99,7 +99,7 @@ def paired_difference(
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Difference(*names, float(observed[0] - observed[1]), float(low), float(high))
 
-
+# %% ../../nbs/53_eval.compare.ipynb #8e7014c2
 def _counts(targets: np.ndarray, predicted: np.ndarray, size: int) -> np.ndarray:
     "The confusion matrix of class numbers."
     return np.bincount(targets * size + predicted, minlength=size * size).reshape(size, size)
@@ -199,7 +199,7 @@ def plot_confusions(
     plt.close(figure)
     return figure
 
-
+# %% ../../nbs/53_eval.compare.ipynb #1373523e
 def hardest_items(
     predictions: Mapping[str, pd.DataFrame],  # predictions tables with scores, by model
     n: int = 16,                              # how many

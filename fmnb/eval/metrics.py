@@ -75,7 +75,7 @@ def wilson_interval(
     interval = binomtest(int(hits), int(total)).proportion_ci(confidence_level=level, method="wilson")
     return interval.low, interval.high
 
-
+# %% ../../nbs/51_eval.metrics.ipynb #10c01974
 def measure(
     predictions: pd.DataFrame,  # the predictions table of one split
     level: float = 0.95,        # coverage of the intervals, in (0, 1)

@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
         residual = self.conv2(F.relu(self.norm2(self.conv1(activated))))
         return residual + (images if self.shortcut is None else self.shortcut(activated))
 
-
+# %% ../../nbs/20_model.cnn.ipynb #fe5c1239
 class ImageCNN(nn.Module):
     "A small residual CNN for images of any size."
 
@@ -91,7 +91,7 @@ class ConvBlock(nn.Module):
         inputs = self.norm(states).masked_fill(~mask.unsqueeze(-1), 0)
         return states + self.dropout(F.gelu(self.conv(inputs.transpose(1, 2)).transpose(1, 2)))
 
-
+# %% ../../nbs/20_model.cnn.ipynb #17d8201c
 class TextCNN(nn.Module):
     "Embedding, residual convolutions over the tokens, maximum and mean."
 

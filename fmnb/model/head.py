@@ -71,7 +71,7 @@ class Model(nn.Module):
 
 BACKBONES = {"cnn": CNN_BACKBONES, "rnn": RNN_BACKBONES, "transformer": TRANSFORMER_BACKBONES}
 
-
+# %% ../../nbs/23_model.head.ipynb #ee849959
 def build_model(
     family: str,                    # 'cnn', 'rnn' or 'transformer'
     input_spec: Mapping[str, Any],  # `modality` and the sizes that its backbones take
@@ -124,7 +124,7 @@ def read_description(
     tokenizer = folder / "tokenizer.json"
     return description | ({"tokenizer": tokenizer} if tokenizer.exists() else {})
 
-
+# %% ../../nbs/23_model.head.ipynb #a448a125
 def load_model(
     folder: str | Path,  # a model folder, or a run folder that has one
 ) -> Model:              # in evaluation mode, on the CPU

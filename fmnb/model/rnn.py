@@ -79,7 +79,7 @@ class BidirectionalLSTM(nn.Module):
         backwards = self.backwards(reverse_within(states, lengths))[0]
         return torch.cat([self.forwards(states)[0], reverse_within(backwards, lengths)], dim=-1)
 
-
+# %% ../../nbs/21_model.rnn.ipynb #4e2eccf6
 class TextRNN(nn.Module):
     "Embedding, bidirectional LSTM, maximum and mean of its states."
 

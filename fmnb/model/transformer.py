@@ -22,7 +22,7 @@ def rotate(
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
-
+# %% ../../nbs/22_model.transformer.ipynb #a14bdd17
 class EncoderBlock(nn.Module):
     "Pre-norm Transformer block: self-attention, then a feed-forward network, both residual."
 
@@ -83,7 +83,7 @@ class ConvStem(nn.Module):
         "(batch, channels, height, width) to (batch, tokens, outputs)."
         return self.convs(images).flatten(2).transpose(1, 2) + self.positions
 
-
+# %% ../../nbs/22_model.transformer.ipynb #b1bffc47
 class ImageTransformer(nn.Module):
     "A small Transformer encoder on the tokens of a convolutional stem, averaged."
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import make_config
 from ..core import ConfigError, RunError, atomic_path, did_you_mean
-from .record import Run, claim_folder, run_folder
+from .record import Run, RunWriter, claim_folder, run_folder
 
 # %% ../../nbs/41_run.execute.ipynb #187e285d
 def report_paths() -> dict[str, Path]:
@@ -79,7 +79,7 @@ _FOLDED = """{% extends 'lab/index.html.j2' %}
 <style>details.fmnb-code > summary { color: #888; cursor: pointer; font: 12px sans-serif; margin: 4px 0 }
 main, body { max-width: 1100px; margin: 0 auto }</style>{% endblock html_head_css %}"""
 
-
+# %% ../../nbs/41_run.execute.ipynb #9a33ed64
 def write_html(
     notebook: str | Path,  # an executed notebook
     html: str | Path,      # where to write it for a browser
@@ -93,7 +93,7 @@ def write_html(
     with atomic_path(html) as temporary:
         temporary.write_text(body, encoding="utf-8")
 
-
+# %% ../../nbs/41_run.execute.ipynb #85cda4cf
 def run(
     report: str | Path,                           # a template's name or a notebook's path
     parameters: Mapping[str, Any] | None = None,  # values by name; the rest keep the report's defaults
@@ -119,10 +119,10 @@ def run(
             raise
         raise RunError(f"Report {name} failed: {_reason(error)} (what was executed stands in {started.folder / 'report.ipynb'})") from error
     started.write_status("finished")
-    return started
+    return Run(started.folder)
 
-
-def _execute(path: Path, started: Run, values: Mapping[str, Any], progress: bool) -> None:
+# %% ../../nbs/41_run.execute.ipynb #fa0aa5c9
+def _execute(path: Path, started: RunWriter, values: Mapping[str, Any], progress: bool) -> None:
     "Let papermill execute the notebook at `path` into the run's folder."
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)

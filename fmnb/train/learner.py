@@ -74,7 +74,7 @@ class WeightAverage(Callback):
     def after_fit(self):
         self.learn.model.load_state_dict(self.average.module.state_dict())
 
-
+# %% ../../nbs/31_train.learner.ipynb #c9c8c35d
 class History(Callback):
     "One row an epoch: `epoch` from 1, `train_loss`, `valid_loss`, `accuracy`, peak `learning_rate`, `seconds`."
     order = 60
@@ -103,7 +103,7 @@ class StopNonFinite(Callback):
             raise RunError(f"The training loss became {self.loss_grad.item()} in epoch {self.epoch + 1}, step {self.iter + 1}; "
                            f"set a learning_rate below {self.opt.hypers[-1]['lr']:.1e}.")
 
-
+# %% ../../nbs/31_train.learner.ipynb #b221d690
 class KeepFrozen(Callback):
     "Modules without a trainable parameter stay in evaluation mode: their batch-norm statistics and dropout rest too."
 
@@ -149,7 +149,7 @@ class RangeTest:
         return (f"The range test suggests {self.suggested:.1e}; times {self.factor:g}, and kept between {low:.1e} and {high:.1e}, "
                 f"that is a peak learning rate of {self.learning_rate:.1e}.")
 
-
+# %% ../../nbs/31_train.learner.ipynb #3806df74
 def range_test(
     learn: Learner,                     # left as it is
     allowed: tuple[float, float],       # smallest and largest rate to choose
@@ -168,7 +168,7 @@ def range_test(
     curve = pd.DataFrame({"learning_rate": probe.recorder.lrs, "loss": [float(loss) for loss in probe.recorder.losses]})
     return RangeTest(float(np.clip(factor * suggested, *allowed)), float(suggested), factor, allowed, curve)
 
-
+# %% ../../nbs/31_train.learner.ipynb #c4be2714
 def plot_range_test(
     found: RangeTest,
 ) -> plt.Figure:
