@@ -44,7 +44,8 @@ def show_texts(
     texts = items["text"].str.replace(r"\s+", " ", regex=True)
     texts = texts.where(texts.str.len() <= max_characters, texts.str[:max_characters] + " ...")
     table = pd.DataFrame({"": captions, "text": texts.to_numpy(), "item": items["item_id"].to_numpy()})
-    left = [dict(selector="th, td", props="text-align: left; vertical-align: top"), dict(selector="td", props="overflow-wrap: anywhere")]
+    left = [dict(selector="th, td", props="text-align: left; vertical-align: top"), dict(selector="td.col0", props="min-width: 8em"),
+            dict(selector="td.col2", props="overflow-wrap: anywhere")]
     return table.style.hide(axis="index").set_table_styles(left).set_uuid("texts").format(escape="html")
 
 # %% ../../nbs/15_data.show.ipynb #5257c06f

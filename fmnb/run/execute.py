@@ -12,12 +12,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import make_config
-from ..core import ConfigError, RunError, atomic_path, did_you_mean
+from ..config import PARAMETER_NAMES, Config, coerce, make_config
+from ..core import ConfigError, RunError, atomic_path, did_you_mean, stable_hash
 from .record import Run, RunWriter, claim_folder, run_folder
 
 # %% ../../nbs/41_run.execute.ipynb #187e285d
@@ -104,12 +103,10 @@ def run(
     "Execute a report into a Run folder. Raises `ConfigError` before it starts, `RunError` where it fails half-way."
     path = find_report(report)
     name = re.sub(r"^\d+_", "", path.stem)
-    declared = read_parameters(path)
-    given = {**(parameters or {}), **({"out": str(out)} if out else {}), **({"overwrite": True} if overwrite else {})}
-    config = make_config(declared | given, declared)
-    config = replace(config, out=str(run_folder(config, name)))
-    values = {key: getattr(config, key) for key in {*given, "out"}}
-    started = claim_folder(Path(config.out), config.overwrite)
+    config, own = _check_parameters(read_parameters(path), dict(parameters or {}) | ({"out": str(out)} if out else {}) | ({"overwrite": True} if overwrite else {}))
+    folder = run_folder(config, name + (f"-{stable_hash(own, length=4)}" if own else ""))
+    values = own | {key: getattr(config, key) for key in parameters or {} if key not in own} | {"out": str(folder), "overwrite": config.overwrite}
+    started = claim_folder(folder, config.overwrite, (config.data, config.start_from))
     try:
         _execute(path, started, values, progress)
         write_html(started.folder / "report.ipynb", started.folder / "report.html")
@@ -121,14 +118,24 @@ def run(
     started.write_status("finished")
     return Run(started.folder)
 
-# %% ../../nbs/41_run.execute.ipynb #fa0aa5c9
+# %% ../../nbs/41_run.execute.ipynb #507d3618
+def _check_parameters(declared: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    "The configuration, and those of the given values that the notebook declares beside it; these keep their default's type."
+    for name in given:
+        if name not in {*declared, "out", "overwrite"}:
+            raise ConfigError(f"Unknown parameter {name!r}. {did_you_mean(name, declared)}")
+    values = {**declared, **given}
+    config = make_config({name: value for name, value in values.items() if name in PARAMETER_NAMES})
+    return config, {name: coerce(name, value, type(declared[name])) for name, value in given.items() if name not in PARAMETER_NAMES}
+
+
 def _execute(path: Path, started: RunWriter, values: Mapping[str, Any], progress: bool) -> None:
     "Let papermill execute the notebook at `path` into the run's folder."
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)
     with _environment(FMNB_RUN=str(started.folder.resolve())):
         papermill.execute_notebook(
-            path, started.folder / "report.ipynb", parameters=dict(values), kernel_name="python3", language="python",
+            path, started.folder / "report.ipynb", parameters={name: values[name] for name in values if name in read_parameters(path)}, kernel_name="python3", language="python",
             progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=50"])
 
 

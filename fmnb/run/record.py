@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,9 +115,10 @@ class RunWriter(Run):
     "A Run folder in the making, for the report that makes it."
 
     def write_status(self, status: str, **facts: Any) -> None:
-        "Write `status.json`: 'running', 'finished' or 'failed', with `facts` added to what it held."
+        "Write `status.json`: 'running', 'finished' or 'failed', with `facts` added; an earlier error goes."
         path = self.folder / "status.json"
         held = read_json(path) if path.exists() else {}
+        held.pop("error", None)
         write_json(path, held | {"status": status, "updated": _now()} | facts)
 
     def write_config(self, config: Config, report: str, **facts: Any) -> None:
@@ -181,8 +183,12 @@ def run_folder(
 def claim_folder(
     folder: Path,     # the Run folder wanted
     overwrite: bool,  # replace a Run folder that is there?
+    needed: Iterable[str] = (),  # paths that the run will read, which must not be deleted
 ) -> RunWriter:
     "Make an empty Run folder. Raises `RunError` where one exists and may not be replaced, or is no Run folder."
+    for path in filter(None, needed):
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"The run would replace {folder}, from which it reads {path}; choose another `out`.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / "status.json").exists():
             raise RunError(f"{folder} exists and is not a run folder, so nothing in it is replaced; choose another `out`.")
@@ -202,7 +208,7 @@ def start_run(
     "Open the Run folder of this notebook and write its first `config.json`."
     run = RunWriter(run_folder(config, report))
     if not adopted(run.folder):
-        run = claim_folder(run.folder, config.overwrite)
+        run = claim_folder(run.folder, config.overwrite, (config.data, config.start_from))
         _mark_failure(run)
     run.write_config(config, report)
     return run
@@ -238,11 +244,14 @@ def runs(
     root: str | Path = "runs",  # the folder to look in, at any depth
 ) -> pd.DataFrame:              # one row a run, newest first
     "All runs below a folder: what was run, how it ended and the test metrics."
+    def read(path):
+        try:
+            return read_json(path) if path.exists() else {}
+        except RunError as error:
+            return {"status": "unreadable", "error": str(error)}
     rows = []
     for path in sorted(Path(root).rglob("status.json")):
-        status = read_json(path)
-        config = read_json(path.with_name("config.json")) if path.with_name("config.json").exists() else {}
-        metrics = read_json(path.with_name("metrics.json")) if path.with_name("metrics.json").exists() else {}
+        status, config, metrics = (read(path.with_name(name)) for name in ("status.json", "config.json", "metrics.json"))
         parameters, test = config.get("parameters", {}), metrics.get("test", {})
         report = config.get("report")
         rows.append({
