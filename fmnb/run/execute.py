@@ -133,8 +133,8 @@ def _execute(path: Path, started: RunWriter, values: Mapping[str, Any], progress
     "Let papermill execute the notebook at `path` into the run's folder."
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    threads = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    with _environment(FMNB_RUN=str(started.folder.resolve()), OMP_WAIT_POLICY=threads):
+    spins = os.environ.get("GOMP_SPINCOUNT", "3000")
+    with _environment(FMNB_RUN=str(started.folder.resolve()), GOMP_SPINCOUNT=spins):
         papermill.execute_notebook(
             path, started.folder / "report.ipynb", parameters={name: values[name] for name in values if name in read_parameters(path)}, kernel_name="python3", language="python",
             progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=50"])
