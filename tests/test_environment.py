@@ -19,7 +19,7 @@ DECLARED = {name: [Requirement(line) for line in shlex.split(value)] for name, v
 def test_requirements_are_bounded(group):
     for requirement in DECLARED[group]:
         operators = {specifier.operator for specifier in requirement.specifier}
-        assert ">=" in operators and ("<" in operators or requirement.name == "furo"), requirement
+        assert ">=" in operators and "<" in operators, requirement
 
 
 @pytest.mark.parametrize("group", ["requirements", "dev_requirements"])
