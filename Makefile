@@ -16,7 +16,7 @@ install: $(INSTALLED)  ## create .venv and install fmnb with what its developers
 
 $(INSTALLED): settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "fmnb needs Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev]"
 	@touch $@
 
@@ -44,4 +44,4 @@ readme: $(INSTALLED)  ## write README.md from nbs/index.ipynb
 
 clean:  ## remove what can be made again, except for runs/
 	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache
-	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find . -path ./runs -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

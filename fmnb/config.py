@@ -43,7 +43,7 @@ class Config:
     epochs: int = _parameter(0, "passes over the training split; 0 = chosen for the data", 0, 100_000)
     batch_size: int = _parameter(0, "items a step; 0 = chosen for the data", 0, 65_536)
     learning_rate: float = _parameter(0.0, "peak learning rate; 0 = found by a range test", 0, 10)
-    budget: float = _parameter(0.0, "minutes of training for each model; 0 = no limit", 0, 100_000)
+    budget: float = _parameter(0.0, "minutes of training for each model, estimated before it starts by cutting the epochs; 0 = no limit", 0, 100_000)
     test_frac: float = _parameter(0.2, "share of the items held out for the test, from 0.01 to 0.8", 0.01, 0.8)
     seed: int = _parameter(0, "seed of initial weights, batches and augmentation; the split does not depend on it", 0, 2**31 - 1)
     out: str = _parameter("", "run folder; empty = runs/ and a name made of report, data, family and a hash")
@@ -139,6 +139,8 @@ def make_config(
         if name not in declared or name not in fields:
             raise ConfigError(f"Unknown parameter {name!r}. {did_you_mean(name, declared & set(fields))}")
         checked[name] = coerce(name, value, fields[name].type)
+        if fields[name].metadata["many"]:
+            checked[name] = ",".join(part.strip() for part in checked[name].split(","))
         _check_range(name, checked[name], fields[name].metadata)
     return Config(**checked)
 

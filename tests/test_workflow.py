@@ -209,12 +209,13 @@ def test_compare_texts_with_baseline(texts, tmp_path):
 
 
 def test_installed_wheel_in_an_empty_folder(tmp_path):
-    """The templates travel in the package: nothing of the repository is needed."""
+    """Source distribution, wheel, empty folder: the templates travel in the package, nothing of the repository is needed."""
     source, wheels, site, empty = (tmp_path / name for name in ("source", "wheels", "site", "empty"))
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__"))
     empty.mkdir()
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], cwd=source, check=True, capture_output=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True, capture_output=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, *tmp_path.glob("*.tar.gz")], check=True, capture_output=True)
     subprocess.run([*pip, "install", "--no-deps", "--target", site, *wheels.glob("*.whl")], check=True, capture_output=True)
     shutil.rmtree(source)
     environment = {name: value for name, value in os.environ.items() if name != "FMNB_RUN"} | {"PYTHONPATH": str(site)}

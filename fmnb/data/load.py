@@ -76,6 +76,8 @@ class BatchLoader(DataLoader):
         rows = super().get_idxs()
         if not self.shuffle or not hasattr(self.dataset, "lengths"):
             return rows
+        if self.drop_last:  # while the order is random, or it would always be the longest that are left out
+            rows = rows[: len(rows) // self.bs * self.bs]
         lengths, batches = self.dataset.lengths, []
         for pool in chunked(rows, 50 * self.bs):
             batches += chunked(sorted(pool, key=lengths.__getitem__), self.bs)

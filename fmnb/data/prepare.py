@@ -103,6 +103,10 @@ def decode_image(
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode} has no fixed range; convert it to 8 or 16 bits")
             grey = image.mode in ("1", "L", "LA")
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -174,6 +178,7 @@ def _prepare_texts(items: pd.DataFrame, settings: Mapping[str, Any], like: Mappi
     else:
         in_train = (items["split"] == "train").to_numpy()
         tokenizer, max_length = train_tokenizer([text for text, chosen in zip(texts, in_train) if chosen], settings["vocab_size"]), settings["max_length"]
+    tokenizer.encode_special_tokens = True
     tokenizer.enable_truncation(max_length)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     if empty := [item for item, row in zip(items["item_id"], ids) if not row]:
@@ -192,10 +197,31 @@ def fingerprint_items(
         if column == "text" or isinstance(value, bytes):
             contents.append(stable_hash(value))
         else:
-            status = Path(value).stat()
+            try:
+                status = Path(value).stat()
+            except OSError as error:
+                raise DataError(f"Image {value} cannot be read ({error.strerror}); put it there or take its item out.") from None
             contents.append(f"{value}:{status.st_size}:{status.st_mtime_ns}")
     rows = items.assign(content=contents).sort_values("item_id")
     return stable_hash(rows[["item_id", "label", "split", "content"]].astype(str).to_numpy().tolist())
+
+# %% ../../nbs/13_data.prepare.ipynb #868cd8f9
+def _write_prepared(partial: Path, items: pd.DataFrame, settings: Mapping[str, Any], like: Mapping[str, Any] | None, fingerprint: str) -> None:
+    "Write table, tokenizer and manifest into the folder `partial`."
+    classes = sorted(items.loc[items["split"] == "train", "label"].astype(str).unique())
+    columns = {name: pa.array(items[name].astype(str)) for name in ("item_id", "split")}
+    columns["target"] = pa.array(_targets(items, classes))
+    if "image" in items:
+        columns["image"], spec, preprocessing = _prepare_images(items, settings, like)
+    else:
+        columns["tokens"], spec, preprocessing, tokenizer = _prepare_texts(items, settings, like)
+        tokenizer.save(str(partial / "tokenizer.json"))
+    table = pa.table(columns)
+    with pa.OSFile(str(partial / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    counts = {split: int(count) for split, count in items["split"].value_counts().sort_index().items()}
+    write_json(partial / "manifest.json", dict(modality=spec["modality"], classes=classes, input_spec=spec,
+        preprocessing=preprocessing, counts=counts, fingerprint=fingerprint, settings=settings))
 
 # %% ../../nbs/13_data.prepare.ipynb #c7e12600
 def prepare(
@@ -215,25 +241,20 @@ def prepare(
         if prepared.fingerprint != fingerprint:
             raise RunError(f"{folder} holds other prepared data; choose another folder.")
         return prepared
+    if folder.exists() and {path.name for path in folder.iterdir()} - {"items.arrow", "tokenizer.json"}:
+        raise RunError(f"{folder} exists and is not a Prepared folder, so nothing in it is replaced; choose another folder.")
     items = items.sort_values("item_id", ignore_index=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    classes = sorted(items.loc[items["split"] == "train", "label"].astype(str).unique())
-    columns = {name: pa.array(items[name].astype(str)) for name in ("item_id", "split")}
-    columns["target"] = pa.array(_targets(items, classes))
-    if "image" in items:
-        columns["image"], spec, preprocessing = _prepare_images(items, settings, like)
-    else:
-        columns["tokens"], spec, preprocessing, tokenizer = _prepare_texts(items, settings, like)
-        tokenizer.save(str(partial / "tokenizer.json"))
-    table = pa.table(columns)
-    with pa.OSFile(str(partial / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    counts = {split: int(count) for split, count in items["split"].value_counts().sort_index().items()}
-    write_json(partial / "manifest.json", dict(modality=spec["modality"], classes=classes, input_spec=spec,
-        preprocessing=preprocessing, counts=counts, fingerprint=fingerprint, settings=settings))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        _write_prepared(partial, items, settings, like, fingerprint)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "manifest.json").exists():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return open_prepared(folder)
 
 # %% ../../nbs/13_data.prepare.ipynb #2cfdc68e

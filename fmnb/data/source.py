@@ -14,6 +14,7 @@ import inspect
 import io
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -124,13 +125,19 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 _SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid", "test": "test"}
 
 
+def _is_hidden(name: str) -> bool:
+    "Is this a file or folder that tools leave, such as .ipynb_checkpoints?"
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def load_image_folder(
     root: Path,  # holds class folders, or split folders with class folders in them
 ) -> pd.DataFrame:  # `item_id`, `image` (path), `label`, and `split` where the folders give it
     "Items of a folder of class folders. Raises `DataError` where there is no image in a class folder."
-    given = {path.name.lower() for path in root.iterdir() if path.is_dir()}
+    given = {path.name.lower() for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name)}
     split = bool(given) and given <= set(_SPLIT_NAMES)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+                   and not any(map(_is_hidden, path.relative_to(root).parts)))
     rows = []
     for path in files:
         parts = path.relative_to(root).parts
@@ -143,13 +150,13 @@ def load_image_folder(
 
 # %% ../../nbs/10_data.source.ipynb #02192f1c
 TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": pd.read_csv,
-    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
+    ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False, na_values=[""]),
+    ".tsv": partial(pd.read_csv, sep="\t", dtype=str, keep_default_na=False, na_values=[""]),
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".jsonl": partial(pd.read_json, lines=True, dtype=False, convert_dates=False),
 }
 
-
+# %% ../../nbs/10_data.source.ipynb #c87bed18
 def load_table(
     path: Path,  # .csv, .tsv, .parquet or .jsonl
 ) -> pd.DataFrame:  # `item_id`, `text` or `image`, `label`, and `group`, `split` where the table has them
@@ -168,9 +175,15 @@ def load_table(
     items[content], items["label"] = items[content].astype(str), items["label"].astype(str)
     if content == "image":
         items["image"] = [str(path.parent / value) for value in items["image"]]
+    if items.empty:
+        raise DataError(f"{path} has no rows; a table needs one row an item.")
+    if "split" in items:
+        items["split"] = items["split"].astype(str).str.lower().replace(_SPLIT_NAMES)
     if "item_id" not in items:
         ids = table[content].map(lambda value: stable_hash(str(value), length=12))
         repeat = ids.groupby(ids).cumcount()
+        if repeat.any() and "group" not in items:
+            items["group"] = ids
         items.insert(0, "item_id", ids.where(repeat == 0, ids + "-" + (repeat + 1).astype(str)))
     items["item_id"] = items["item_id"].astype(str)
     return items

@@ -41,7 +41,7 @@ def split_items(
     result = items["split"].to_numpy(copy=True) if "split" in items else np.full(len(items), "train", dtype=object)
     shares = {name: share for name, share in (("test", test_frac), ("valid", valid_frac)) if name not in result}
     free = result == "train"
-    groups = (items["group"] if "group" in items else items["item_id"]).astype(str).to_numpy()[free]
+    groups = (items["group"].fillna(items["item_id"]) if "group" in items else items["item_id"]).astype(str).to_numpy()[free]
     table = pd.DataFrame({"group": groups, "label": items["label"].to_numpy()[free]})
     by_group = table.groupby("group")["label"].agg(label=lambda labels: labels.mode()[0], size="size")
     by_group["order"] = [unit_hash(name, seed) for name in by_group.index]
@@ -50,6 +50,8 @@ def split_items(
         left = rows["size"]
         for split, share in shares.items():
             chosen = _take_groups(left, max(1, round(rows["size"].sum() * share)))
+            if not chosen:
+                raise DataError(f"Label {label!r} has no group small enough for the {split} split; split its groups, add items or drop it.")
             by_group.loc[chosen, "split"] = split
             left = left.drop(chosen)
         if left.empty:
@@ -67,7 +69,7 @@ def _check(items: pd.DataFrame, test_frac: float, valid_frac: float) -> None:
             raise DataError(f"The items table has no column {column!r}, only {', '.join(items.columns)}.")
         if items[column].isna().any():
             raise DataError(f"Row {items.index[items[column].isna()][0]} has no {column}; fill it in or drop the row.")
-    if (twice := items["item_id"][items["item_id"].duplicated()]).any():
+    if len(twice := items["item_id"][items["item_id"].duplicated()]):
         raise DataError(f"item_id {twice.iloc[0]!r} occurs more than once; ids must be unique.")
     if "split" in items and (odd := set(items["split"]) - set(SPLITS)):
         raise DataError(f"Column split has {sorted(map(str, odd))[0]!r}; it may only hold {', '.join(SPLITS)}.")

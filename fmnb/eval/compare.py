@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from ..core import DataError, derive_seed
 from .metrics import METRICS, measure, metrics_of_confusions, plot_confusion
@@ -65,11 +66,13 @@ class Difference:
     value: float
     low: float
     high: float
+    p_value: float = 0.0  # exact McNemar test on the items that only one of them has right
+    alpha: float = 0.05   # 1 minus the interval's level
 
     @property
     def told_apart(self) -> bool:
-        "Does the interval leave out 0?"
-        return self.low > 0 or self.high < 0
+        "Does the interval leave out 0, and does McNemar's exact test agree?"
+        return (self.low > 0 or self.high < 0) and self.p_value < self.alpha
 
 # %% ../../nbs/53_eval.compare.ipynb #19fbe964
 def paired_difference(
@@ -97,7 +100,9 @@ def paired_difference(
     observed = [metrics_of_confusions(_counts(codes[0], codes[model + 1], size))[metric] for model in range(2)]
     resampled = metrics_of_confusions(draws[0])[metric] - metrics_of_confusions(draws[1])[metric]
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(*names, float(observed[0] - observed[1]), float(low), float(high))
+    only_first, only_second = (int(((codes[a] == codes[0]) & (codes[b] != codes[0])).sum()) for a, b in ((1, 2), (2, 1)))
+    p_value = binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
+    return Difference(*names, float(observed[0] - observed[1]), float(low), float(high), float(p_value), 1 - level)
 
 # %% ../../nbs/53_eval.compare.ipynb #8e7014c2
 def _counts(targets: np.ndarray, predicted: np.ndarray, size: int) -> np.ndarray:

@@ -140,7 +140,7 @@ def findings(
     sentences = [f"{accuracy['n_items'] - n_wrong:,} of {accuracy['n_items']:,} test items are right: accuracy {accuracy['value']:.3f}, "
                  f"95 % interval [{accuracy['low']:.3f}, {accuracy['high']:.3f}]."]
     if n_wrong:
-        weakest, pair = class_table(predictions).iloc[0], most_confused(predictions).iloc[0]
+        weakest, pair = class_table(predictions).query("items > 0").iloc[0], most_confused(predictions).iloc[0]
         sentences += [f"The weakest class is {weakest.name}: F1-score {weakest['F1-score']:.3f} on {int(weakest['items'])} items.",
                       f"The most frequent error takes {pair['target']} for {pair['prediction']}: {pair['items']} of {n_wrong} errors."]
     best = int(history["valid_loss"].argmin())

@@ -23,13 +23,13 @@ from ..core import ConfigError
 BASELINE_NAMES = {"text": "TF-IDF + logistic regression", "image": "logistic regression on pixels"}
 
 
-def _pipeline(modality: str, strength: float, n_items: int) -> Pipeline:
-    "Features and classifier of one modality; `strength` is scikit-learn's C."
+def _pipeline(modality: str, strength: float, size: tuple[int, ...]) -> Pipeline:
+    "Features and classifier of one modality; `strength` is scikit-learn's C, `size` counts items and pixels."
     classifier = LogisticRegression(C=strength, max_iter=300)
     if modality == "text":
-        return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), classifier)
+        return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"), classifier)
     flatten = FunctionTransformer(lambda images: images.reshape(len(images), -1) / 255.0)
-    return make_pipeline(flatten, StandardScaler(), PCA(min(64, n_items), random_state=0), classifier)
+    return make_pipeline(flatten, StandardScaler(), PCA(min(64, *size), random_state=0), classifier)
 
 
 def fit_baseline(
@@ -41,7 +41,8 @@ def fit_baseline(
     "The baseline of a modality, its regularisation chosen on the validation split. Raises `ConfigError` for another modality."
     if modality not in BASELINE_NAMES:
         raise ConfigError(f"There is no baseline for {modality!r} data, only for {', '.join(BASELINE_NAMES)}.")
+    size = (len(train[0]), np.asarray(train[0][0]).size) if modality == "image" else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = [_pipeline(modality, strength, len(train[0])).fit(*train) for strength in strengths]
+        fitted = [_pipeline(modality, strength, size).fit(*train) for strength in strengths]
     return max(fitted, key=lambda pipeline: pipeline.score(*valid))

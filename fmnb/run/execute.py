@@ -103,10 +103,12 @@ def run(
     "Execute a report into a Run folder. Raises `ConfigError` before it starts, `RunError` where it fails half-way."
     path = find_report(report)
     name = re.sub(r"^\d+_", "", path.stem)
-    config, own = _check_parameters(read_parameters(path), dict(parameters or {}) | ({"out": str(out)} if out else {}) | ({"overwrite": True} if overwrite else {}))
+    declared = read_parameters(path)
+    config, own = _check_parameters(declared, dict(parameters or {}) | ({"out": str(out)} if out else {}) | ({"overwrite": True} if overwrite else {}))
     folder = run_folder(config, name + (f"-{stable_hash(own, length=4)}" if own else ""))
     values = own | {key: getattr(config, key) for key in parameters or {} if key not in own} | {"out": str(folder), "overwrite": config.overwrite}
-    started = claim_folder(folder, config.overwrite, (config.data, config.start_from))
+    values = {key: value for key, value in values.items() if key in declared}
+    started = claim_folder(folder, config.overwrite, (str(path), config.data, config.start_from))
     try:
         _execute(path, started, values, progress)
         write_html(started.folder / "report.ipynb", started.folder / "report.html")
@@ -136,7 +138,7 @@ def _execute(path: Path, started: RunWriter, values: Mapping[str, Any], progress
     spins = os.environ.get("GOMP_SPINCOUNT", "3000")
     with _environment(FMNB_RUN=str(started.folder.resolve()), GOMP_SPINCOUNT=spins):
         papermill.execute_notebook(
-            path, started.folder / "report.ipynb", parameters={name: values[name] for name in values if name in read_parameters(path)}, kernel_name="python3", language="python",
+            path, started.folder / "report.ipynb", parameters=dict(values), kernel_name="python3", language="python",
             progress_bar=progress, extra_arguments=["--IPKernelApp.log_level=50"])
 
 

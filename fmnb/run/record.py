@@ -180,6 +180,26 @@ def run_folder(
     return Path("runs") / "-".join([report, data, *family, config.run_hash()])
 
 
+def _read_status(folder: Path) -> dict[str, Any]:
+    "The status of a Run folder; empty for a folder that is none."
+    try:
+        status = read_json(folder / "status.json")
+    except (RunError, OSError):
+        return {}
+    return status if isinstance(status, dict) and {"status", "started", "process"} <= set(status) else {}
+
+
+def _alive(process: int) -> bool:
+    "Is there a process of this number on this machine?"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+# %% ../../nbs/40_run.record.ipynb #fc3e42e8
 def claim_folder(
     folder: Path,     # the Run folder wanted
     overwrite: bool,  # replace a Run folder that is there?
@@ -187,15 +207,21 @@ def claim_folder(
 ) -> RunWriter:
     "Make an empty Run folder. Raises `RunError` where one exists and may not be replaced, or is no Run folder."
     for path in filter(None, needed):
-        if Path(path).resolve().is_relative_to(folder.resolve()):
+        if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
             raise RunError(f"The run would replace {folder}, from which it reads {path}; choose another `out`.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / "status.json").exists():
+        status = _read_status(folder)
+        if not status:
             raise RunError(f"{folder} exists and is not a run folder, so nothing in it is replaced; choose another `out`.")
         if not overwrite:
             raise RunError(f"Run folder {folder} exists; choose another `out`, or set overwrite to replace it.")
+        if status["status"] == "running" and status["process"] != os.getpid() and _alive(status["process"]):
+            raise RunError(f"Run {folder} is still running (process {status['process']}); stop it or choose another `out`.")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"Run folder {folder} cannot be made ({error.strerror}); choose another `out`.") from None
     run = RunWriter(folder)
     run.write_status("running", started=_now(), process=os.getpid())
     return run
@@ -239,7 +265,7 @@ def open_run(
         raise RunError(f"Run {folder} is {run.status['status']}{error}; only a finished run can be read.")
     return run
 
-
+# %% ../../nbs/40_run.record.ipynb #1da37406
 def runs(
     root: str | Path = "runs",  # the folder to look in, at any depth
 ) -> pd.DataFrame:              # one row a run, newest first
@@ -252,6 +278,10 @@ def runs(
     rows = []
     for path in sorted(Path(root).rglob("status.json")):
         status, config, metrics = (read(path.with_name(name)) for name in ("status.json", "config.json", "metrics.json"))
+        if not isinstance(status, dict) or "status" not in status:
+            continue
+        if status["status"] == "running" and not _alive(status["process"]):
+            status |= {"status": "failed", "error": "the process ended without a word"}
         parameters, test = config.get("parameters", {}), metrics.get("test", {})
         report = config.get("report")
         rows.append({

@@ -79,13 +79,18 @@ class History(Callback):
     "One row an epoch: `epoch` from 1, `train_loss`, `valid_loss`, `accuracy`, peak `learning_rate`, `seconds`."
     order = 60
 
-    def before_fit(self):
-        self.rows = []
+    def __init__(self):
+        self.rows, self.trained = [], False
 
-    def before_epoch(self):
-        self.start, self.first_step = time.perf_counter(), len(self.recorder.lrs)
+    def before_train(self):
+        self.start, self.first_step, self.trained = time.perf_counter(), len(self.recorder.lrs), True
+        if self.epoch == 0:
+            self.rows = []
 
     def after_epoch(self):
+        if not self.trained:  # `learn.validate` and `learn.get_preds` are no epochs of training
+            return
+        self.trained = False
         train_loss, valid_loss, valid_accuracy = self.recorder.values[-1]
         self.rows.append(dict(epoch=self.epoch + 1, train_loss=train_loss, valid_loss=valid_loss, accuracy=valid_accuracy,
                               learning_rate=max(self.recorder.lrs[self.first_step:]), seconds=time.perf_counter() - self.start))
@@ -177,7 +182,7 @@ def plot_range_test(
     axes.plot(found.curve["learning_rate"], found.curve["loss"], color="0.3")
     axes.axvline(found.learning_rate, color="C1", label=f"chosen: {found.learning_rate:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title="Learning-rate range test",
-             ylim=(None, 1.1 * found.curve["loss"].iloc[: len(found.curve) // 3].max()))
+             ylim=(0.97 * found.curve["loss"].min(), 1.05 * found.curve["loss"].iloc[: len(found.curve) // 3].max()))
     axes.legend(frameon=False)
     plt.close(figure)
     return figure
