@@ -60,7 +60,7 @@ def outputs(notebook) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path not in REPORTS], ids=notebook_id)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)
 def test_committed_outputs_are_evidence(path):
     found = outputs(nbformat.read(path, as_version=4))
     assert found, "the notebook was never executed"
