@@ -35,7 +35,15 @@ def _parameter(
 @dataclass(frozen=True)
 class Config:
     "The resolved parameters of one run. Frozen: use `dataclasses.replace` for a changed copy."
-    data: str = _parameter("digits", "embedded name (digits, docstrings) or a path to a folder or table")
+    data: str = _parameter("digits", "embedded name (digits, docstrings), path of a folder, table, corpus or archive, hf:NAME, or the run folder of a preparation")
+    text_column: str = _parameter("", "column of a table that holds the contents; empty = found by name or by looking")
+    label_column: str = _parameter("", "column of a table that holds the labels; empty = found by name or by looking")
+    name_pattern: str = _parameter("", "regular expression for file names with a group (?P<label>...), perhaps group, split, time; empty = class folders, or a guess")
+    columns: str = _parameter("", "further columns of a table that the model shall see, separated by commas")
+    preprocessing: str = _parameter("", "settings by name, separated by commas, such as image_size=64, tokenizer=wordpiece; empty = chosen for the data")
+    repair: str = _parameter("safe", "kinds of findings to repair, separated by commas; safe = those that nobody wants to keep, none = leave the items as they are")
+    split_by: str = _parameter("hash", "how items are split where the source does not say", choices=("hash", "time"))
+    augment: str = _parameter("", "augmentations of training batches, separated by commas; empty = chosen for the data, none = none")
     family: str = _parameter("cnn", "model family", choices=FAMILIES)
     families: str = _parameter(",".join(FAMILIES), "model families to compare, separated by commas", choices=FAMILIES, many=True)
     start_from: str = _parameter("", "run or model folder to start from; empty = from scratch")

@@ -14,13 +14,16 @@ IMAGE_SIZES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 
 BODIES = [(family, modality) for family, backbones in BACKBONES.items() for modality in backbones]
 
 
-def spec(modality, size=(1, 8, 8)):
-    return dict(zip(("channels", "height", "width"), size), modality="image") if modality == "image" else dict(modality="text", vocab_size=50, max_length=32)
+SIZES = {"image": (1, 8, 8), "audio": (3, 51, 40)}
 
 
-def batch(modality, n=4, size=(1, 8, 8)):
+def spec(modality, size=None):
+    return dict(modality="text", vocab_size=50, max_length=32) if modality == "text" else dict(zip(("channels", "height", "width"), size or SIZES[modality]), modality=modality)
+
+
+def batch(modality, n=4, size=None):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, *size, generator=generator) if modality == "image" else torch.randint(2, 50, (n, 12), generator=generator)
+    return torch.randint(2, 50, (n, 12), generator=generator) if modality == "text" else torch.randn(n, *(size or SIZES[modality]), generator=generator)
 
 
 def test_registries_cover_each_other():
@@ -80,7 +83,7 @@ def test_padding_does_not_change_a_text(family):
 @pytest.mark.parametrize("family,modality", BODIES)
 def test_wrong_input_is_refused_in_one_sentence(family, modality):
     backbone = build_model(family, spec(modality), ["a", "b"]).backbone
-    wrong = [torch.randn(4, 2, 8, 8), torch.randn(4, 8)] if modality == "image" else [torch.full((2, 3), 50), torch.tensor([[-1]]), torch.randn(2, 3), torch.zeros(2, 0, dtype=torch.int64)]
+    wrong = [torch.randn(4, 2, 8, 8), torch.randn(4, 8)] if modality != "text" else [torch.full((2, 3), 50), torch.tensor([[-1]]), torch.randn(2, 3), torch.zeros(2, 0, dtype=torch.int64)]
     for inputs in wrong:
         with pytest.raises(ValueError, match="^Expected .*got"):
             backbone(inputs)

@@ -20,28 +20,28 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from ..core import ConfigError
 
 # %% ../../nbs/26_model.baseline.ipynb #f1f01fc7
-BASELINE_NAMES = {"text": "TF-IDF + logistic regression", "image": "logistic regression on pixels"}
+BASELINE_NAMES = {"text": "TF-IDF + logistic regression", "image": "logistic regression on pixels", "audio": "logistic regression on spectrograms"}
 
 
 def _pipeline(modality: str, strength: float, size: tuple[int, ...]) -> Pipeline:
-    "Features and classifier of one modality; `strength` is scikit-learn's C, `size` counts items and pixels."
+    "Features and classifier of one modality; `strength` is scikit-learn's C, `size` counts items and values."
     classifier = LogisticRegression(C=strength, max_iter=300)
     if modality == "text":
         return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"), classifier)
-    flatten = FunctionTransformer(lambda images: images.reshape(len(images), -1) / 255.0)
+    flatten = FunctionTransformer(lambda arrays: np.asarray(arrays, dtype=np.float64).reshape(len(arrays), -1))
     return make_pipeline(flatten, StandardScaler(), PCA(min(64, *size), random_state=0), classifier)
 
 
 def fit_baseline(
-    modality: str,                           # 'image' or 'text'
-    train: tuple[Sequence, np.ndarray],      # texts, or images (items, height, width, channels); and targets (items,)
+    modality: str,                           # 'image', 'audio' or 'text'
+    train: tuple[Sequence, np.ndarray],      # texts, or arrays (items, ...); and targets (items,)
     valid: tuple[Sequence, np.ndarray],      # the same of the validation split
     strengths: Sequence[float] = (0.1, 1.0, 10.0, 100.0),  # values of C to try
 ) -> Pipeline:                               # has `predict_proba`
     "The baseline of a modality, its regularisation chosen on the validation split. Raises `ConfigError` for another modality."
     if modality not in BASELINE_NAMES:
         raise ConfigError(f"There is no baseline for {modality!r} data, only for {', '.join(BASELINE_NAMES)}.")
-    size = (len(train[0]), np.asarray(train[0][0]).size) if modality == "image" else ()
+    size = (len(train[0]), np.asarray(train[0][0]).size) if modality != "text" else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = [_pipeline(modality, strength, size).fit(*train) for strength in strengths]

@@ -123,5 +123,5 @@ class TextCNN(nn.Module):
         "Embedding, each block, last norm."
         return [[self.embedding], *([block] for block in self.blocks), [self.norm]]
 
-# %% ../../nbs/20_model.cnn.ipynb #d250a475
-CNN_BACKBONES = {"image": ImageCNN, "text": TextCNN}
+# %% ../../nbs/20_model.cnn.ipynb #805e01eb
+CNN_BACKBONES = {"image": ImageCNN, "audio": ImageCNN, "text": TextCNN}

@@ -110,5 +110,5 @@ class TextRNN(nn.Module):
         "Embedding, each LSTM."
         return [[self.embedding], *([lstm] for lstm in self.lstms)]
 
-# %% ../../nbs/21_model.rnn.ipynb #a73e63c1
-RNN_BACKBONES = {"image": ImageRNN, "text": TextRNN}
+# %% ../../nbs/21_model.rnn.ipynb #dedbe8c6
+RNN_BACKBONES = {"image": ImageRNN, "audio": ImageRNN, "text": TextRNN}

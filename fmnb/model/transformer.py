@@ -151,4 +151,4 @@ class TextTransformer(nn.Module):
         return [[self.embedding], *([block] for block in self.blocks), [self.norm]]
 
 # %% ../../nbs/22_model.transformer.ipynb #0ab71cdc
-TRANSFORMER_BACKBONES = {"image": ImageTransformer, "text": TextTransformer}
+TRANSFORMER_BACKBONES = {"image": ImageTransformer, "audio": ImageTransformer, "text": TextTransformer}

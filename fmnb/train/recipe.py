@@ -17,14 +17,17 @@ from ..config import Config
 from ..core import ConfigError
 from .learner import RangeTest, range_test, seconds_per_epoch
 
-# %% ../../nbs/32_train.recipe.ipynb #b83debb1
-ITEM_PASSES = {"image": 50_000, "text": 60_000}
+# %% ../../nbs/32_train.recipe.ipynb #10c4650f
+ITEM_PASSES = {"image": 50_000, "audio": 50_000, "text": 60_000}
 
 # Factor on the range test's suggestion, smallest and largest learning rate.
 LEARNING_RATES = {
     ("cnn", "image"): (1.0, 2e-3, 3e-3),
     ("rnn", "image"): (6.0, 7e-3, 1e-2),
     ("transformer", "image"): (5.0, 2.5e-3, 3.5e-3),
+    ("cnn", "audio"): (1.0, 2e-3, 3e-3),
+    ("rnn", "audio"): (3.0, 3e-3, 6e-3),
+    ("transformer", "audio"): (3.0, 1e-3, 2.5e-3),
     ("cnn", "text"): (2.0, 2e-3, 5e-3),
     ("rnn", "text"): (2.0, 3e-3, 6e-3),
     ("transformer", "text"): (2.0, 2e-3, 4e-3),
@@ -34,7 +37,7 @@ LEARNING_RATES = {
 def choose_defaults(
     config: Config,  # as the user gave it
     n_train: int,    # items to train on
-    modality: str,   # 'image' or 'text'
+    modality: str,   # 'image', 'audio' or 'text'
 ) -> Config:         # without zeros for `batch_size` and `epochs`, and with a recipe
     "Fill in what was left to be chosen, except for the learning rate, which is measured."
     batch_size = config.batch_size or int(np.clip(2 ** np.floor(np.log2(max(1, n_train / 10))), 8, 64))
@@ -48,7 +51,7 @@ def choose_defaults(
 def measure_defaults(
     learn: Learner,   # left as it is
     config: Config,   # after `choose_defaults`
-    modality: str,    # 'image' or 'text'
+    modality: str,    # 'image', 'audio' or 'text'
 ) -> tuple[Config, RangeTest | None]:  # the configuration with rate and epochs, and the range test if there was one
     "Find the learning rate where it is 0, and cut the epochs to the budget where there is one."
     found = None
