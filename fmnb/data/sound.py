@@ -63,12 +63,12 @@ def guess_rate_and_seconds(
     n_looked_at: int = 500,  # recordings whose header is read, chosen by the hash of their ids
 ) -> tuple[int, float]:      # samples a second; seconds
     "A rate and a length for recordings that come in several. Raises `DataError` for one that cannot be read."
-    order = sorted(range(len(items)), key=lambda i: unit_hash(items["item_id"].iloc[i]))[:n_looked_at]
-    facts = [(rate, len(samples) / rate) for samples, rate in (decode_audio(items["audio"].iloc[i], items["item_id"].iloc[i]) for i in order)]
+    looked_at = sorted(zip(items["item_id"], items["audio"]), key=lambda item: unit_hash(item[0]))[:n_looked_at]
+    facts = [(rate, len(samples) / rate) for samples, rate in (decode_audio(source, item_id) for item_id, source in looked_at)]
     rates, seconds = zip(*facts)
     return min(highest, int(pd.Series(rates).mode()[0])), round(min(longest, max(0.1, float(np.quantile(seconds, 0.95)))), 2)
 
-
+# %% ../../nbs/08_data.sound.ipynb #ec35031f
 def spectrogram_column(
     items: pd.DataFrame,          # `item_id`, `audio`, `split`, in the order of the rows to write
     file: Path,                   # a new file for the spectrograms
@@ -96,7 +96,7 @@ def spectrogram_column(
         preprocessing = dict(sample_rate=rate, seconds=(frames - 1) * HOP_SECONDS) | band_statistics(array, lengths, (items["split"] == "train").to_numpy())
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * frames * bands), len(array), [None, pa.py_buffer(array.reshape(-1))]), spec, preprocessing
 
-
+# %% ../../nbs/08_data.sound.ipynb #089c7c73
 def band_statistics(
     spectrograms: np.ndarray,  # float16, (items, frames, bands)
     lengths: np.ndarray,       # frames of each item that are not padding, (items,)

@@ -81,8 +81,8 @@ def _normalised(items: pd.DataFrame, rows: Iterable[int]) -> Iterator[str]:
 
 def _training_texts(items: pd.DataFrame) -> Iterator[str]:
     "Texts of the training split, up to `TRAINING_CHARACTERS`."
-    rows, seen = np.flatnonzero((items["split"] == "train").to_numpy()), 0
-    for text in _normalised(items, sorted(rows, key=lambda row: unit_hash(items["item_id"].iat[row]))):
+    rows, ids, seen = np.flatnonzero((items["split"] == "train").to_numpy()), items["item_id"].tolist(), 0
+    for text in _normalised(items, sorted(rows, key=lambda row: unit_hash(ids[row]))):
         yield text
         if (seen := seen + len(text)) > TRAINING_CHARACTERS:
             return

@@ -112,7 +112,7 @@ def build_model(
     if modality not in BACKBONES[family]:
         raise ConfigError(f"Family {family} has no backbone for {modality!r} data, only for {', '.join(BACKBONES[family])}.")
     if len(classes) < 2:
-        raise ConfigError(f"A classifier needs at least two classes, not {len(classes)}: {classes}.")
+        raise ConfigError(f"A classifier needs at least two classes, and the data have {len(classes)} ({', '.join(classes) or 'no labels'}); add labelled items of others.")
     body = BACKBONES[family][modality](**sizes, **(backbone or {}))
     description = dict(family=family, input_spec=dict(input_spec), classes=list(classes),
                        preprocessing=dict(preprocessing or {}), backbone=dict(backbone or {}), head=dict(head or {}))
