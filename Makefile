@@ -7,7 +7,7 @@ README := README.md
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test lab export notebooks readme clean
+.PHONY: help install demo test bench lab export notebooks readme clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: $(INSTALLED)  ## train and compare a CNN, an RNN and a Transformer on hand
 
 test: $(INSTALLED)  ## notebooks in sync, clean and executed; contracts, workflows, reports
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)  ## fmnb and its peers in turn; keep the machine free meanwhile
+	for notebook in nbs/benchmarks/*.ipynb; do $(BIN)/fmnb run "$$notebook" --out "runs/bench/$$(basename "$$notebook" .ipynb)" --overwrite || exit 1; done
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

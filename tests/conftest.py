@@ -11,6 +11,7 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts))
 MODULES = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name) and path.parent.name == "nbs"]
 REPORTS = [path for path in NOTEBOOKS if path.parent.name == "reports"]
+BENCHMARKS = [path for path in NOTEBOOKS if path.parent.name == "benchmarks"]
 
 
 def notebook_id(path: Path) -> str:

@@ -68,7 +68,7 @@ def fit_columns(
                         flagged=bool(numbers[name].isna().any())) for name in numbers}
     return dict(kinds=kinds, numbers=rules, categories=values)
 
-
+# %% ../../nbs/09_data.columns.ipynb #f9b63633
 def apply_columns(
     items: pd.DataFrame,          # any items with these columns
     fitted: Mapping[str, Any],    # from `fit_columns`

@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core import DataError
 from .likeness import HASHES, PREVIEW, make_preview, minhash, shingle_hashes
-from .media import decode_audio, decode_pixels, modality_of, normalise_text, read_bytes
+from .media import decode_audio, decode_pixels, in_processes, mel_filters, modality_of, normalise_text, read_bytes
 
 # %% ../../nbs/06_data.facts.ipynb #555e8085
 GRID = (32, 32)  # mel bands, time steps
@@ -66,22 +66,7 @@ def _is_one_colour(pixels: np.ndarray) -> bool:
         return False
     return bool(np.ptp(pixels, axis=(0, 1)).max() <= 4)
 
-# %% ../../nbs/06_data.facts.ipynb #7fb90f16
-def _mel_filters(
-    bins: int,   # frequency bins from 0 to `rate` / 2
-    rate: int,   # samples a second
-    bands: int,  # mel bands from 60 Hz to 3,800 Hz
-) -> np.ndarray:
-    "Triangular filters, (bands, bins), each with the sum 1."
-    mel = np.linspace(*(2595 * np.log10(1 + np.array([60, 3800]) / 700)), bands + 2)
-    edges = (700 * (10 ** (mel / 2595) - 1))[:, None]
-    frequency = np.linspace(0, rate / 2, bins)[None]
-    rising = (frequency - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - frequency) / (edges[2:] - edges[1:-1])
-    filters = np.clip(np.minimum(rising, falling), 1e-9, None)
-    return filters / filters.sum(axis=1, keepdims=True)
-
-
+# %% ../../nbs/06_data.facts.ipynb #34592c53
 def _spectrogram_on_grid(
     samples: np.ndarray,  # float32, (samples,), mono
     rate: int,            # samples a second
@@ -96,7 +81,8 @@ def _spectrogram_on_grid(
     loudness = power.sum(axis=0)
     loud = np.flatnonzero(loudness >= loudness.max() * 1e-4)
     power = power[:, loud[0]:loud[-1] + 1]
-    mel = 10 * np.log10(_mel_filters(len(power), rate, GRID[0]) @ power + max(loudness.max() * 1e-5, 1e-12))
+    filters = mel_filters(rate, len(power), GRID[0], 60, 3800).clip(min=1e-9)
+    mel = 10 * np.log10((filters / filters.sum(axis=0)).T @ power + max(loudness.max() * 1e-5, 1e-12))
     grid = zoom(mel, (1, GRID[1] / mel.shape[1]), order=1, mode="nearest", grid_mode=True)
     return (grid - grid.mean()).astype(np.float16).ravel()
 
@@ -161,23 +147,25 @@ def measure_facts(
     measure, size, kind = MEASURES[modality]
     columns = {"item_id": object, "error": object, "bytes": float, "digest": object, "decoded": object, "blank": object} | _COLUMNS[modality]
     vectors, tables = _allocate(len(items), size, kind), [pd.DataFrame(columns=list(columns)).astype(columns)]
-    for start in range(0, len(items), CHUNK):
-        chunk, rows = items.iloc[start:start + CHUNK], []
-        for row, (item_id, source) in enumerate(zip(chunk["item_id"].tolist(), chunk[modality].tolist()), start):
-            facts, vector = _measure_one(source, str(item_id), modality, measure)
-            rows.append({"item_id": item_id, **facts})
+
+    def measured(rows: range) -> pd.DataFrame:
+        chunk, facts = items.iloc[rows.start:rows.stop], []
+        for row, item_id, source in zip(rows, chunk["item_id"].tolist(), chunk[modality].tolist()):
+            found, vector = _measure_one(source, str(item_id), modality, measure)
+            facts.append({"item_id": item_id, **found})
             if vector is not None:
                 vectors[row] = vector
-        tables.append(pd.DataFrame(rows, columns=list(columns)).astype(columns))
+        return pd.DataFrame(facts, columns=list(columns)).astype(columns)
+    tables += in_processes(measured, len(items), CHUNK)
     table = pd.concat(tables, ignore_index=True) if len(items) else tables[0]
     table["blank"] = table["blank"].eq(True)
     return Facts(modality, table.fillna({"digest": "", "decoded": ""}), vectors)
 
 # %% ../../nbs/06_data.facts.ipynb #a1bbb839
 def _allocate(items: int, size: int, kind: str) -> np.ndarray:
-    "Zeros of shape (items, size), in memory up to 512 MiB, else in a temporary file that goes with the process."
-    if items * size * np.dtype(kind).itemsize <= 2**29:
-        return np.zeros((items, size), dtype=kind)
+    "Zeros of shape (items, size), in a temporary file that all processes write to and that goes with them."
+    if not items:
+        return np.zeros((0, size), dtype=kind)
     return np.memmap(tempfile.TemporaryFile(), dtype=kind, mode="w+", shape=(items, size))
 
 

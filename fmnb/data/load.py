@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastcore.basics import chunked
 
 from ..core import ConfigError, DataError, did_you_mean
-from .image import IMAGE_AUGMENTATIONS, IMAGE_MIXES
+from .image import IMAGE_AUGMENTATIONS, IMAGE_MIXES, random_affine
 from .prepare import Prepared, prepared_images, prepared_spectrograms, prepared_tokens
 from .sound import SOUND_AUGMENTATIONS, add_deltas, spec_augment
 from .text import TEXT_AUGMENTATIONS
@@ -59,7 +58,7 @@ class ImageBatches(Batches):
 
     def contents(self, chosen: np.ndarray) -> torch.Tensor:
         "Gathered in one operation."
-        return torch.from_numpy(prepared_images(self.prepared)[chosen]).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.moveaxis(prepared_images(self.prepared), 3, 1)[chosen])  # contiguous: this is the order in the file
 
 
 class SoundBatches(Batches):
@@ -94,27 +93,35 @@ BATCHES = {"image": ImageBatches, "audio": SoundBatches, "text": TextBatches}
 class BatchLoader(DataLoader):
     "A fastai DataLoader over `Batches`: one call a batch; length buckets where the dataset has `lengths`."
 
-    def create_batches(self, samps: Iterator[int]) -> Iterator[tuple[torch.Tensor, ...]]:
-        "Fetch batch after batch of the indices `samps`."
-        for rows in chunked(samps, self.bs, drop_last=self.drop_last):
-            yield self.dataset.fetch(rows)
+    def get_idxs(self) -> np.ndarray:
+        "All rows in the epoch's order, drawn from the loader's own generator; without the last, incomplete batch where it is dropped."
+        self.rows = self._training_order() if self.shuffle else np.arange(self.n)
+        return self.rows
 
-    def get_idxs(self) -> list[int]:
-        "All indices in the epoch's order."
-        rows = super().get_idxs()
-        if not self.shuffle:
-            return rows
-        if self.dataset.weights is not None:
-            rows = self.rng.choices(range(self.n), self.dataset.weights, k=self.n)
+    def _training_order(self) -> np.ndarray:
+        "Random rows; of nearly equal length within a batch where there are lengths."
+        draw, weights = np.random.default_rng(self.rng.getrandbits(63)), self.dataset.weights
+        rows = draw.permutation(self.n) if weights is None else draw.choice(self.n, self.n, p=weights / weights.sum())
+        if self.drop_last:  # while the order is random, or it would always be the longest that are left out
+            rows = rows[: self.n // self.bs * self.bs]
         if not hasattr(self.dataset, "lengths"):
             return rows
-        if self.drop_last:  # while the order is random, or it would always be the longest that are left out
-            rows = rows[: len(rows) // self.bs * self.bs]
-        lengths, batches = self.dataset.lengths, []
-        for pool in chunked(rows, 50 * self.bs):
-            batches += chunked(sorted(pool, key=lengths.__getitem__), self.bs)
+        lengths, pools = self.dataset.lengths, np.split(rows, range(50 * self.bs, len(rows), 50 * self.bs))
+        batches = [batch for pool in pools for batch in self._batches(pool[np.argsort(lengths[pool], kind="stable")])]
         whole, rest = [b for b in batches if len(b) == self.bs], [b for b in batches if len(b) < self.bs]
-        return [row for batch in self.shuffle_fn(whole) + rest for row in batch]
+        return np.concatenate([whole[i] for i in draw.permutation(len(whole))] + rest)
+
+    def _batches(self, rows: np.ndarray) -> list[np.ndarray]:
+        "Rows cut into batches."
+        return [rows[start:start + self.bs] for start in range(0, len(rows), self.bs)]
+
+    def sample(self) -> Iterator[np.ndarray]:
+        "The rows of each batch that this worker makes."
+        return (rows for number, rows in enumerate(self._batches(self.rows)) if number % self.num_workers == self.offs)
+
+    def create_batches(self, samps: Iterator[np.ndarray]) -> Iterator[tuple[torch.Tensor, ...]]:
+        "Fetch batch after batch."
+        return map(self.dataset.fetch, samps)
 
 # %% ../../nbs/14_data.load.ipynb #148e5649
 AUGMENTATIONS: dict[str, dict[str, Callable]] = {"image": IMAGE_AUGMENTATIONS | IMAGE_MIXES, "audio": SOUND_AUGMENTATIONS, "text": TEXT_AUGMENTATIONS}
@@ -142,16 +149,19 @@ def choose_augmentations(
 def _image_transform(batch: tuple[torch.Tensor, ...], mean: torch.Tensor, std: torch.Tensor, names: Sequence[str], n_classes: int) -> tuple[torch.Tensor, ...]:
     "Augment images and mix them where asked to, then normalise each channel."
     images, *columns, targets = batch
-    images = images.float() / 255
+    images = images.float().div_(255)
+    mirror = {"flip", "affine"} <= set(names)  # one resampling does both
     for name in names:
-        if name in IMAGE_AUGMENTATIONS:
+        if mirror and name in ("flip", "affine"):
+            images = random_affine(images, mirror=True) if name == "affine" else images
+        elif name in IMAGE_AUGMENTATIONS:
             images = IMAGE_AUGMENTATIONS[name](images)
         else:
             shares = targets if targets.is_floating_point() else F.one_hot(targets, n_classes).float()
             images, targets = IMAGE_MIXES[name](images, shares)
-    return ((images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1), *columns, targets)
+    return (images.sub_(mean.view(1, -1, 1, 1)).div_(std.view(1, -1, 1, 1)), *columns, targets)
 
-
+# %% ../../nbs/14_data.load.ipynb #4819aa17
 def _sound_transform(batch: tuple[torch.Tensor, ...], mean: torch.Tensor, std: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
     "Augment spectrograms, normalise each band, add deltas; SpecAugment hides what is normalised."
     spectrograms, *rest = batch

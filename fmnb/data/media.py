@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'IMAGE_SUFFIXES', 'AUDIO_SUFFIXES', 'MAX_PIXELS', 'MAX_SECONDS', 'modality_of', 'read_bytes',
-           'decode_image', 'decode_pixels', 'decode_audio', 'resample', 'guess_encoding', 'decode_text',
-           'normalise_text']
+           'decode_image', 'decode_pixels', 'decode_audio', 'resample', 'mel_filters', 'guess_encoding', 'decode_text',
+           'normalise_text', 'in_processes']
 
-# %% ../../nbs/03_data.media.ipynb #76f29e80
+# %% ../../nbs/03_data.media.ipynb #7796e97b
 import io
 import math
+import multiprocessing
+import os
 import unicodedata
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -155,6 +159,21 @@ def resample(
     common = math.gcd(recorded, rate)
     return resample_poly(samples, rate // common, recorded // common).astype(np.float32)
 
+# %% ../../nbs/03_data.media.ipynb #7eae5706
+def mel_filters(
+    rate: int,   # samples a second
+    bins: int,   # frequency bins from 0 to `rate` / 2
+    bands: int,  # number of filters
+    low: float,  # lower edge of the first filter, Hz
+    high: float,  # upper edge of the last filter, Hz
+) -> np.ndarray:  # float64, (bins, bands); each a triangle of height 1
+    "Triangular filters, equally spaced in mel."
+    mel = np.linspace(*(2595 * np.log10(1 + np.array([low, high]) / 700)), bands + 2)
+    edges = 700 * (10 ** (mel / 2595) - 1)
+    frequencies = np.linspace(0, rate / 2, bins)[:, None]
+    rising, falling = (frequencies - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - frequencies) / np.diff(edges)[1:]
+    return np.minimum(rising, falling).clip(min=0)
+
 # %% ../../nbs/03_data.media.ipynb #a2c0bc75
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
@@ -189,3 +208,27 @@ def normalise_text(
 ) -> str:
     "Unicode NFC, `\\n` for each kind of newline, no white space at the ends."
     return unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").strip()
+
+# %% ../../nbs/03_data.media.ipynb #b1d46f3c
+_work: Callable[[range], Any] | None = None  # what the forked processes do; they inherit it
+
+
+def _call(rows: range) -> Any:
+    return _work(rows)
+
+
+def in_processes(
+    work: Callable[[range], Any],  # is given row numbers; its results must be small
+    n_rows: int,                   # rows in all
+    piece: int = 256,              # rows at a time
+    worth: int = 4000,             # rows from which a fork pays
+) -> Iterator[Any]:                # a result for each piece, in order
+    "Do the work of all rows, by as many processes as there are cores. What it raises is raised here, the first row's first."
+    global _work
+    pieces = [range(start, min(start + piece, n_rows)) for start in range(0, n_rows, piece)]
+    if n_rows < worth or "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
+        yield from map(work, pieces)
+        return
+    _work = work
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        yield from pool.imap(_call, pieces)

@@ -79,7 +79,8 @@ def prepared_images(
 ) -> np.ndarray:  # uint8, (items, height, width, channels)
     "All images, a view of the file."
     spec = prepared.input_spec
-    return _fixed_size_view(prepared, "image", np.uint8, (spec["height"], spec["width"], spec["channels"]))
+    planes = _fixed_size_view(prepared, "image", np.uint8, (spec["channels"], spec["height"], spec["width"]))
+    return np.moveaxis(planes, 1, 3)  # each channel lies in one piece, as PyTorch wants it
 
 
 def prepared_spectrograms(
@@ -174,7 +175,7 @@ def prepare(
 ) -> Prepared:
     "Make the Prepared folder of `items`, or open it where it was made before. Raises `DataError` for data that cannot be read, or that `like` cannot take."
     chosen = settings.of(modality_of(items)) | {"like": _likeness(items, like)}
-    fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 2")
+    fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 3")
     folder = Path(folder or cache_dir() / "prepared" / fingerprint)
     if (folder / "manifest.json").exists():
         prepared = open_prepared(folder)

@@ -356,7 +356,7 @@ def check(
     findings = pd.DataFrame(rows, columns=list(COLUMNS))
     return _keep(findings.astype({name: str for name in COLUMNS if name != "item_ids"}), path)
 
-
+# %% ../../nbs/11_data.quality.ipynb #7ff32940
 def item_facts(
     items: pd.DataFrame,  # an items table
 ) -> pd.DataFrame:        # one row an item, in their order, see `measure_facts`

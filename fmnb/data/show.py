@@ -101,7 +101,9 @@ def show_table(
     table: pd.DataFrame,  # any table; its index is not shown
 ) -> Styler:
     "A table whose texts are whole and aligned to the left."
-    left = [dict(selector="th, td", props="text-align: left; vertical-align: top; overflow-wrap: anywhere"), dict(selector="th", props="white-space: nowrap")]
+    left = [dict(selector="th, td", props="text-align: left; vertical-align: top")]
+    long = [table[name].astype(str).str.len().max() > 30 for name in table]
+    left += [dict(selector=f"td.col{i}", props="overflow-wrap: anywhere" if is_long else "white-space: nowrap") for i, is_long in enumerate(long)]
     numbers = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
     return table.style.hide(axis="index").set_table_styles(left).set_uuid("table").format(escape="html").format("{:,}", subset=numbers)
 
@@ -138,7 +140,7 @@ def plot_balance(
         left += counts[split].to_numpy()
     axis.invert_yaxis()
     axis.set(xlabel="items", title=title)
-    axis.legend(ncols=3, fontsize=8, loc="lower right")
+    figure.legend(ncols=3, fontsize=8, loc="outside lower center", frameon=False)
     plt.close(figure)
     return figure
 
@@ -180,8 +182,11 @@ def data_findings(
     for action, what in (("drop", "were taken out"), ("group", "were put into groups that no split separates"), ("relabel", "got another label")):
         done = repairs[repairs["action"] == action].drop_duplicates("item_id")
         if len(done):
-            why = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in done["kind"].value_counts().items())
+            why = ", ".join(f"{kind.replace('_', ' ')} ({count:,})" for kind, count in done["kind"].value_counts().items())
             sentences.append(f"{len(done):,} items {what}: {why}.")
+    leaked = {item_id for ids in findings["item_ids"][findings["kind"] == "leak"] for item_id in ids} & set(items["item_id"][items["split"] == "test"])
+    if leaked:
+        sentences.append(f"As it came, {len(leaked):,} of {sizes.get('test', 0):,} test items ({len(leaked) / sizes.get('test', 0):.1%}) had a copy in another split or shared one with such an item: scores on it would have been too good.")
     open_kinds = findings[~findings["kind"].isin(repairs["kind"]) & (findings["severity"] != "note")]
     for kind, found in open_kinds.groupby("kind", sort=False):
         sentences.append(f"To be looked at: {kind.replace('_', ' ')} ({len(found):,}). {found['evidence'].iloc[0]}")
@@ -199,7 +204,8 @@ def show_augmented(
     "Training items as they are (first), and as training batches see them. Draws from PyTorch's global generator."
     loader = make_loader(prepared, "train", training=True, augment=augment)
     plain = make_loader(prepared, "train", training=True, augment="none")
-    batch = loader.dataset.fetch(range(min(n_items, len(loader.dataset))))
+    chosen = np.random.default_rng(0).permutation(len(loader.dataset))[:n_items]
+    batch = loader.dataset.fetch(chosen)
     versions = [plain.after_batch(batch)[0]] + [loader.after_batch(batch)[0] for _ in range(draws)]
     if prepared.modality == "text":
         return _augmented_texts(prepared, versions)

@@ -62,7 +62,7 @@ def split_items(
         result[free] = _split_by_time(items[free], shares) if by == "time" else _split_by_hash(items[free], shares, test_frac, seed)
     return items.assign(split=result)
 
-
+# %% ../../nbs/12_data.split.ipynb #104b1669
 def _split_by_hash(items: pd.DataFrame, shares: dict[str, float], test_frac: float, seed: int) -> np.ndarray:
     "The split of each item, by its group's number, or by filling where that misses a label's share by over half."
     table = _group_table(items, seed)
@@ -86,7 +86,7 @@ def _fill(label: str, sizes: pd.Series, shares: dict[str, float]) -> pd.Series:
     for split, share in shares.items():
         chosen = _take_groups(left, max(1, round(sizes.sum() * share)))
         if not chosen:
-            raise DataError(f"Label {label!r} has no group small enough for the {split} split (the smallest left, {left.idxmin()!r}, has {left.min():,} of {sizes.sum():,} items); split its groups, add items or drop it.")
+            raise DataError(f"Label {label!r} has no group small enough for the {split} split (the smallest left, {left.idxmin()!r}, has {left.min():,} of {sizes.sum():,} items); split its groups (near duplicates are one group where they were repaired so), add items or drop it.")
         result[chosen] = split
         left = left.drop(chosen)
     if left.empty:

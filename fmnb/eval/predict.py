@@ -42,7 +42,7 @@ def predict(
     model.eval()
     source = loader.dataset
     split = str(source.prepared.table["split"][int(source.positions[0])])
-    logits = torch.cat([model(inputs).float().cpu() for inputs, _ in loader])
+    logits = torch.cat([model(*inputs).float().cpu() for *inputs, _ in loader])
     return predictions_table(source.prepared.item_ids[source.positions], split, source.prepared.targets[source.positions],
                              logits.double().softmax(dim=1).numpy(), source.prepared.classes)
 
@@ -58,7 +58,7 @@ def inference_rate(
     seconds = []
     for _ in range(passes + 1):
         start = time.perf_counter()
-        for inputs, _ in loader:
-            model(inputs).sum().item()
+        for *inputs, _ in loader:
+            model(*inputs).sum().item()
         seconds.append(time.perf_counter() - start)
     return len(loader.dataset) / float(np.median(seconds[1:]))

@@ -54,18 +54,20 @@ class ColumnFeatures(nn.Module):
         self,
         n_numbers: int,             # numbers of an item
         category_sizes: list[int],  # values of each category, the missing one counted in
+        n_features: int = 64,       # features made of them
         dropout: float = 0.1,       # share of the vectors' values dropped in training, in [0, 1)
     ):
         super().__init__()
         widths = [min(600, round(1.6 * size**0.56)) for size in category_sizes]
         self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size, width in zip(category_sizes, widths))
         self.dropout = nn.Dropout(dropout)
-        self.n_features = n_numbers + sum(widths)
+        self.hidden = nn.Sequential(nn.Linear(n_numbers + sum(widths), n_features), nn.LayerNorm(n_features), nn.GELU())
+        self.n_features = n_features
 
     def forward(self, numbers: torch.Tensor, categories: torch.Tensor) -> torch.Tensor:
         "Numbers (batch, n_numbers) and categories (batch, n_categories), int64, to (batch, n_features)."
         vectors = [embedding(categories[:, i]) for i, embedding in enumerate(self.embeddings)]
-        return torch.cat([numbers, *map(self.dropout, vectors)], dim=1)
+        return self.hidden(torch.cat([numbers, *map(self.dropout, vectors)], dim=1))
 
 # %% ../../nbs/23_model.head.ipynb #5f3e9fd0
 class Model(nn.Module):
