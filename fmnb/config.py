@@ -98,6 +98,8 @@ def coerce(
     kind: type,   # str, int, float or bool
 ) -> Any:         # the value as `kind`
     "Turn `value` into `kind` where nothing is lost by it. Raises `ConfigError` otherwise."
+    if hasattr(value, "to_parquet"):
+        raise ConfigError(f"Parameter {name} must be a name or a path, not a DataFrame; fmnb.data.source.keep_frame keeps one and returns its path.")
     refusal = ConfigError(f"Parameter {name} must be of type {kind.__name__}, not {value!r} ({type(value).__name__}).")
     if isinstance(value, bool) or value is None or isinstance(value, (list, tuple, dict)):
         if kind is bool and isinstance(value, bool):

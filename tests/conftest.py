@@ -27,5 +27,6 @@ def cache(tmp_path_factory):
     """Prepared data are made once for all tests, away from the user's cache; kernels inherit it."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["FMNB_CACHE"] = str(folder)
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `fmnb run` does: a busy machine does not stall the tests
     yield folder
     os.environ.pop("FMNB_CACHE")

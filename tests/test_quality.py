@@ -15,6 +15,7 @@ from fmnb.data.embedded import load_digits_items
 from fmnb.data.facts import measure_facts
 from fmnb.data.labels import fold_of, guessability, kernel_probabilities, label_quality
 from fmnb.data.quality import CHECKS, SAFE_KINDS, check, check_overlap, repair, summarise
+from fmnb.data.split import split_items
 from pandas.testing import assert_frame_equal
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -213,8 +214,9 @@ def test_label_errors(clean, modality):
     assert set(doubted) <= set(wrong) and len(doubted) >= 3  # confident learning is cautious on 150 items
     assert_frame_equal(repair(items, findings)[0], items)  # not safe: only when asked for
     repaired, log = repair(items, findings, kinds=["label_error"])
-    assert repaired["label"].tolist() == [CLASSES[row % 3] if row in doubted else label for row, label in enumerate(items["label"])]
-    assert sorted(zip(log["item_id"], log["before"], log["after"])) == [(f"i{row:03d}", wrong[row], CLASSES[row % 3]) for row in sorted(doubted)]
+    mended = [row for row in doubted if items["split"][row] == "train"]  # the labels that scores are measured by stay as they are
+    assert repaired["label"].tolist() == [CLASSES[row % 3] if row in mended else label for row, label in enumerate(items["label"])]
+    assert sorted(zip(log["item_id"], log["before"], log["after"])) == [(f"i{row:03d}", wrong[row], CLASSES[row % 3]) for row in sorted(mended)]
 
 
 def test_label_errors_stay_silent_on_noise(clean):
@@ -306,7 +308,24 @@ def test_without_labels_and_without_items(clean):
 def test_groups_join_what_pairs_connect():
     items = pd.DataFrame({"item_id": list("abcde"), "group": ["g", None, "h", "h", None]})
     pairs = pd.DataFrame({"left": ["a", "b"], "right": ["b", "d"]})
-    assert join_groups(items, pairs).tolist() == ["g", "g", "g", "g", "e"]
+    joined = join_groups(items, pairs)
+    assert joined.nunique() == 2 and joined[:4].nunique() == 1 and joined[4] == "e"
+    assert join_groups(items[::-1], pairs[::-1])[::-1].tolist() == joined.tolist()
+
+
+def test_repaired_items_split_the_same_in_any_order():
+    """Near copies become groups whose names, and so their splits, do not depend on the order of the rows."""
+    items = pd.DataFrame({"item_id": [f"{i}-{q}" for i in range(40) for q in (30, 60, 90)], "image": [image_file(scene(i, 0), quality=q) for i in range(40) for q in (30, 60, 90)]})
+    split = [split_items(repair(o, check(o, kinds=["near_duplicate"]))[0]).set_index("item_id")["split"] for o in (items, items[::-1].reset_index(drop=True))]
+    assert split[0].to_dict() == split[1].to_dict()
+    assert split[0].groupby(split[0].index.str.split("-").str[0]).nunique().max() == 1
+    assert 0.1 < (split[0] == "test").mean() < 0.35
+
+
+def test_given_groups_in_several_splits_are_named():
+    items = pd.DataFrame({"item_id": [f"i{i}" for i in range(12)], "text": [sentence(i, 0) for i in range(12)], "group": ["a", "b", "c"] * 4, "split": ["train"] * 9 + ["test"] * 3})
+    findings = check(items, kinds=["leak"])
+    assert findings["repair"].tolist() == ["review"] and "3 groups have items in more than one split" in findings["evidence"][0]
 
 
 def test_digits_label_errors_rank_first():

@@ -24,8 +24,8 @@ import soundfile
 from conftest import ROOT
 from fmnb.core import DataError
 from fmnb.data.archive import expand
-from fmnb.data.media import decode_audio, decode_image, decode_pixels, modality_of
-from fmnb.data.source import fingerprint_items, load_items
+from fmnb.data.media import audio_header, decode_audio, decode_image, decode_pixels, in_processes, modality_of, read_bytes
+from fmnb.data.source import fingerprint_items, load_items, open_items, save_items
 from PIL import Image
 
 DATA = ROOT.parent / "shared" / "data"
@@ -240,6 +240,68 @@ def test_paths_in_tables_are_relative_to_them(tmp_path):
     items = load_items(tmp_path / "sub" / "list.csv")
     assert [decode_image(path).size for path in items["image"]] == [(24, 16)] * 2
     assert modality_of(load_items(tmp_path / "sub" / "say.csv")) == "audio"
+
+
+@pytest.mark.parametrize("rows", ["id,label\n{0},{1}\n", "id,breed\n{0},{1}\n", "path,class\nimages/{0}.png,{1}\n", "file,label\n{0}.png,{1}\n"])
+@pytest.mark.parametrize("where", ["images/", "images/train/", "train/", ""])
+def test_a_table_beside_media_gives_the_labels(tmp_path, rows, where):
+    if "images" in rows and where != "images/":
+        pytest.skip("the table names another folder")
+    labels = {f"{i:04d}": "cat" if i % 3 else "dog" for i in range(6)}
+    head, line = rows.splitlines()
+    table = "\n".join([head, *(line.format(name, label) for name, label in labels.items())]) + "\n"
+    root = write(tmp_path / "data", {f"{where}{name}.png": image_bytes() for name in labels} | {"labels.csv": table})
+    packed = tmp_path / "data.zip"
+    packed.write_bytes(zip_bytes({path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in root.rglob("*.*")}))
+    for data in (root, packed, root / "labels.csv"):
+        items = load_items(data)
+        assert {path[-8:-4]: label for path, label in zip(items["image"], items["label"])} == labels
+        assert all(decode_image(path).size == (24, 16) for path in items["image"]) and items.attrs["source"]["kind"] != "folder of image files"
+
+
+def test_a_table_beside_media_that_does_not_fit_is_refused(tmp_path):
+    root = write(tmp_path / "data", {"images/1.png": GOOD, "images/2.png": GOOD, "images/3.png": GOOD, "labels.csv": "name,label\na,cat\nb,dog\n"})
+    with pytest.raises(DataError, match=r"in one folder, and no column of labels.csv names them; give the path of labels.csv"):
+        load_items(root)
+    write(root, {"labels.csv": "name,label\n1,cat\n2,dog\n3,cat\n", "more/4.png": GOOD, "more/5.png": GOOD})
+    with pytest.raises(DataError, match="other labels than their folders do; say label_column to take the table"):
+        load_items(root)
+    assert load_items(root, label_column="label")["label"].tolist() == ["cat", "dog", "cat"]
+    assert load_items(root, name_pattern=r"(?P<label>\d)")["label"].tolist() == list("12345")
+    (root / "labels.csv").unlink()
+    assert load_items(root)["label"].tolist() == ["images"] * 3 + ["more"] * 2
+
+
+def test_a_table_in_a_folder_of_its_own(tmp_path):
+    root = write(tmp_path / "data", {f"audio/{i}.wav": sound_bytes() for i in range(4)} | {"meta/list.csv": "filename,fold,target\n" + "".join(f"{i}.wav,1,{i % 2}\n" for i in range(4))})
+    for data in (root, root / "meta" / "list.csv"):
+        items = load_items(data)
+        assert items[["item_id", "label", "fold"]].values.tolist() == [[f"audio/{i}.wav", str(i % 2), 1] for i in range(4)]
+
+
+def test_names_of_files_are_no_texts(tmp_path):
+    write(tmp_path, {"a.csv": "filename,label\nrec-1,cat\nrec-2,dog\n", "b.csv": "file,label\nx/1.txt,a\nx/2.txt,b\n", "x/1.txt": "one", "x/2.txt": "two"})
+    with pytest.raises(DataError, match="names no images, recordings or texts, such as 'rec-1'"):
+        load_items(tmp_path / "a.csv")
+    assert load_items(tmp_path / "b.csv")["text"].tolist() == ["one", "two"]
+
+
+def test_columns_that_would_be_lost_are_kept_and_said(tmp_path):
+    items = load_items(write(tmp_path, {"a.csv": "id,text,label\n1,x,\n1,y,\n"}) / "a.csv")
+    assert list(items) == ["item_id", "text", "id"] and "not unique" in items.attrs["source"]["ids"] and "empty" in items.attrs["source"]["labels"]
+
+
+@pytest.mark.parametrize("content", ["bytes", "paths", "both", "audio", "text"])
+def test_a_fingerprint_outlives_saving(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(write(tmp_path, {"1.png": GOOD, "1.wav": sound_bytes()}))
+    contents = {"bytes": ("image", [GOOD, IMAGES["rgb.jpg"]]), "paths": ("image", ["1.png", "1.png"]), "both": ("image", [GOOD, "1.png"]), "audio": ("audio", ["1.wav", "1.wav"]), "text": ("text", ["a" * 99, None])}
+    kind, values = contents[content]
+    beside = {"label": ["a", None], "n": [1, 2], "x": [0.5, None], "day": [pd.Timestamp("2020-02-02"), None], "mixed": [1, "x"], "whole": pd.array([1, None], dtype="Int64"), "some": pd.Series([1, None], dtype=object)}
+    items = load_items(pd.DataFrame({kind: values} | beside))
+    save_items(items, tmp_path / "items.arrow")
+    monkeypatch.chdir("/")
+    assert fingerprint_items(open_items(tmp_path / "items.arrow")) == fingerprint_items(items)
+    assert {type(value) for value in items[kind]} <= ({bytes} if content in ("bytes", "both") else {str, float})
 
 
 def test_images_inside_parquet(tmp_path):
@@ -630,6 +692,29 @@ def test_a_pipe_is_refused(tmp_path, name):
         load_items(tmp_path / name)
     with pytest.raises(DataError, match="no images"):
         load_items(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_bytes, decode_pixels, decode_audio, audio_header])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(DataError, match="Item x cannot be read .it is no regular file"):
+            read(path, "x")
+
+
+def test_a_killed_process_is_an_error():
+    with pytest.raises(DataError, match="was ended from outside"):
+        list(in_processes(lambda rows: os.kill(os.getpid(), signal.SIGKILL) if rows.start else 0, 5000))
+    assert list(in_processes(lambda rows: rows.start, 5000)) == list(range(0, 5000, 256))
+
+
+def test_times_of_a_tar_may_be_absurd(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size, info.pax_headers = 4, {"mtime": "1e30"}
+        archive.addfile(info, io.BytesIO(b"text"))
+    assert load_items(write(tmp_path, {"a.tar": buffer.getvalue()}) / "a.tar")["text"].tolist() == ["text"]
 
 
 def test_mixed_types_become_texts():

@@ -180,7 +180,7 @@ def _write_members(path: Path, root: Path) -> int:
                 made.add(parent)
             if source is not None and target:
                 _write_file(source, f"{root}/{target}", name, meter)
-                os.utime(f"{root}/{target}", (changed, changed))  # so that fingerprints do not change with each expansion
+                _set_time(f"{root}/{target}", changed)
                 files += 1
     except DataError:
         raise
@@ -188,6 +188,14 @@ def _write_members(path: Path, root: Path) -> int:
         where = f", member {name!r}," if name else ""
         raise DataError(f"{path}{where} cannot be expanded ({reason(error)}); get it again or repack it.") from None
     return files
+
+
+def _set_time(target: str, changed: float) -> None:
+    "Give a file its time of change, so that fingerprints do not change with each expansion; the epoch where it has none that can be."
+    try:
+        os.utime(target, (changed, changed))
+    except (OverflowError, ValueError, OSError):
+        os.utime(target, (0, 0))
 
 
 def _write_file(source: BinaryIO, target: str, name: str, meter: Meter) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 
+from ..core import unit_hash
 from .facts import Facts, measure_facts
 from .likeness import PREVIEW, hann_window, image_similarity, sound_similarity, text_similarity
 from .media import decode_audio
@@ -229,7 +230,7 @@ def _verify(items: pd.DataFrame, facts: Facts, pairs: np.ndarray) -> np.ndarray:
 def join_groups(
     items: pd.DataFrame,  # an items table, with or without `group`
     pairs: pd.DataFrame,  # `left`, `right`: item ids that belong together
-) -> pd.Series:           # str, (items,): the items' own `group`, or id, where no pair joins it to an earlier one
+) -> pd.Series:           # str, (items,): of the groups and ids that pairs join, the one whose hash is smallest, whatever the row order
     "One group for each item, such that pairs and given groups stay whole."
     own = items["item_id"].astype(str)
     if "group" in items:
@@ -237,11 +238,10 @@ def join_groups(
         own = own.mask(given, items["group"].astype(object).where(given, "").astype(str))
     names, group = np.unique(own.to_numpy(dtype=object), return_inverse=True)
     position = pd.Series(group, index=items["item_id"].astype(str).to_numpy())
-    first = np.full(len(names), len(items))
-    np.minimum.at(first, group, np.arange(len(items)))
+    numbers = np.array([unit_hash(f"leader {name}") for name in names])  # another hash than the split's, or joined groups would crowd into the test split
     joined = _components(len(names), position[pairs["left"]].to_numpy(), position[pairs["right"]].to_numpy())
-    leader = pd.Series(first).groupby(joined).transform("min").to_numpy()
-    return pd.Series(own.to_numpy(dtype=object)[leader[group]], index=items.index, name="group", dtype=str)
+    leader = pd.Series(numbers).groupby(joined).transform("idxmin").to_numpy()
+    return pd.Series(names[leader[group]], index=items.index, name="group", dtype=str)
 
 
 def _components(size: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:

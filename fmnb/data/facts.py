@@ -180,5 +180,5 @@ def _measure_one(source: Any, item_id: str, modality: str, measure: Callable) ->
         facts = {"bytes": len(raw), "digest": _digest(raw)}
         more, vector = measure(data, item_id)
         return {"error": "", **facts, **more}, vector
-    except DataError as error:
-        return {"error": str(error), "bytes": 0 if "(0 bytes)" in str(error) else math.nan, **facts}, None
+    except (DataError, MemoryError) as error:
+        return {"error": str(error) or f"Item {item_id} needs more memory than there is; take it out.", "bytes": 0 if "(0 bytes)" in str(error) else math.nan, **facts}, None

@@ -78,7 +78,7 @@ def gather(
     purpose: str,                       # what is read from it and how: part of the cache's key
 ) -> pa.Table:                          # in memory or memory-mapped
     "All batches as one table. Raises `DataError` where there are none."
-    key = stable_hash(path.resolve(), size, path.stat().st_mtime_ns, purpose, "table 1")
+    key = stable_hash(path.resolve(), size, path.stat().st_mtime_ns, purpose, "table 2")
     spooled = cache_dir() / "tables" / f"{key}.arrow"
     if size <= LARGE_BYTES or not spooled.exists():
         first = next(batches, None)
@@ -168,11 +168,12 @@ def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 # %% ../../nbs/05_data.file.ipynb #295d3dda
 def _jsonl_batches(path: Path) -> Iterator[pa.RecordBatch]:
     "The rows of a JSON lines file, all values as text."
-    names, rows, size = None, [], 0
+    names, rows, size = {}, [], 0
+    for row, _ in _json_rows(path):  # a name may come late
+        names.update(dict.fromkeys(row))
     for row, length in itertools.chain(_json_rows(path), [(None, 0)]):
         if rows and (row is None or size > _BATCH_BYTES):
-            names = names or list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-            yield pa.RecordBatch.from_arrays([_text_array([_json_text(o.get(name)) for o in rows]) for name in names], names=names)
+            yield pa.RecordBatch.from_arrays([_text_array([_json_text(o.get(name)) for o in rows]) for name in names], names=list(names))
             rows, size = [], 0
         rows.append(row)
         size += length
@@ -252,11 +253,16 @@ def _explain(path: Path, error: Exception) -> str:
 def to_frame(
     rows: pa.Table,
 ) -> pd.DataFrame:  # texts and bytes stay where they are: in a mapped file, if there they are
-    "An Arrow table as a DataFrame; of a column of `{bytes, path}` the bytes, or the paths where it has no bytes."
+    "An Arrow table as a DataFrame; of a column of `{bytes, path}` the bytes, or the path in a row without bytes."
     columns = {}
     for name, column in zip(rows.column_names, rows.columns):
         if pa.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
-            column = next((o for o in (pc.struct_field(column, key) for key in ("bytes", "path")) if not o.null_count), column)
+            column, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+            if pc.any(pc.and_(pc.is_null(column), pc.is_valid(paths))).as_py():
+                if column.null_count < len(column):  # some of both
+                    columns[name] = pd.Series([value.as_py() or path.as_py() for value, path in zip(column, paths)], dtype=object)
+                    continue
+                column = paths
         kinds = {pa.large_string(): pd.StringDtype(na_value=np.nan)}
         kinds |= {kind: pd.ArrowDtype(kind) for kind in (pa.string(), pa.binary(), pa.large_binary())}
         if pa.types.is_string(column.type) and column.nbytes <= LARGE_BYTES:

@@ -109,10 +109,10 @@ def channel_statistics(
     planes, total, squares = np.moveaxis(images, 3, 1), 0.0, 0.0
     step = max(1, 2**20 // math.prod(images.shape[1:]))  # a million values at a time
     for start in range(0, len(images), step):
-        rows = planes[start:start + step][chosen[start:start + step]].reshape(-1, planes.shape[1], math.prod(planes.shape[2:])).astype(np.float32) / 255
+        rows = planes[start:start + step][chosen[start:start + step]].reshape(-1, planes.shape[1], math.prod(planes.shape[2:])).astype(np.float64) / 255
         total, squares = total + rows.mean(axis=2).sum(axis=0, dtype=np.float64), squares + (rows**2).mean(axis=2).sum(axis=0, dtype=np.float64)
     mean = total / chosen.sum()
-    return dict(mean=mean.tolist(), std=np.sqrt(squares / chosen.sum() - mean**2).clip(min=1 / 255).tolist())
+    return dict(mean=mean.tolist(), std=np.sqrt((squares / chosen.sum() - mean**2).clip(min=1 / 255**2)).tolist())
 
 # %% ../../nbs/08_data.image.ipynb #157cdb0b
 def random_affine(

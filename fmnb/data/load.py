@@ -95,8 +95,7 @@ class BatchLoader(DataLoader):
 
     def get_idxs(self) -> np.ndarray:
         "All rows in the epoch's order, drawn from the loader's own generator; without the last, incomplete batch where it is dropped."
-        self.rows = self._training_order() if self.shuffle else np.arange(self.n)
-        return self.rows
+        return self._training_order() if self.shuffle else np.arange(self.n)
 
     def _training_order(self) -> np.ndarray:
         "Random rows; of nearly equal length within a batch where there are lengths."
@@ -116,8 +115,9 @@ class BatchLoader(DataLoader):
         return [rows[start:start + self.bs] for start in range(0, len(rows), self.bs)]
 
     def sample(self) -> Iterator[np.ndarray]:
-        "The rows of each batch that this worker makes."
-        return (rows for number, rows in enumerate(self._batches(self.rows)) if number % self.num_workers == self.offs)
+        "The rows of each batch that this worker makes, out of what `get_idxs` gave (which `Learner.get_preds` replaces)."
+        order = np.asarray(self._DataLoader__idxs)
+        return (rows for number, rows in enumerate(self._batches(order)) if number % self.num_workers == self.offs)
 
     def create_batches(self, samps: Iterator[np.ndarray]) -> Iterator[tuple[torch.Tensor, ...]]:
         "Fetch batch after batch."
@@ -213,6 +213,8 @@ def make_loader(
         source.positions = positions[np.argsort(source.lengths, kind="stable")]
     if balanced and training:
         targets = prepared.targets[positions]
+        if not prepared.classes:
+            raise ConfigError("The data have no labels, so no class can be drawn as often as another; leave balanced off.")
         source.weights = 1 / np.bincount(targets)[targets]
     device = torch.device(device or "cpu")
     transform = batch_transform(prepared, choose_augmentations(prepared, augment) if training else (), device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prepared', 'open_prepared', 'prepared_images', 'prepared_spectrograms', 'prepared_tokens', 'prepared_contents',
-           'Preprocessing', 'parse_preprocessing', 'read_preparation', 'prepare']
+           'Preprocessing', 'parse_preprocessing', 'Preparation', 'write_preparation', 'read_preparation', 'prepare']
 
 # %% ../../nbs/13_data.prepare.ipynb #490ddc28
 import os
@@ -25,7 +25,7 @@ from .columns import apply_columns, column_sizes, fit_columns
 from .image import FITS, image_column
 from .media import modality_of
 from .sound import spectrogram_column
-from .source import fingerprint_items
+from .source import fingerprint_items, save_items
 from .text import token_column
 
 # %% ../../nbs/13_data.prepare.ipynb #e2f8c5a0
@@ -155,16 +155,38 @@ def parse_preprocessing(
             raise DataError(f"{name} must be of type {type(fields[name].default).__name__}, not {value!r}.") from None
     return Preprocessing(**values, columns=tuple(name.strip() for name in columns.split(",") if name.strip()))
 
+# %% ../../nbs/13_data.prepare.ipynb #15348a58
+@dataclass(frozen=True)
+class Preparation:
+    "What the report `prepare` decided about data: `done` is False, and the rest at its defaults, for a source that it has not seen."
+    settings: Preprocessing = Preprocessing()
+    augment: str = ""     # augmentations, as for `make_loader`
+    done: bool = False    # were the items checked, repaired and split?
+
+
+def write_preparation(
+    folder: str | Path,       # the Run folder
+    items: pd.DataFrame,      # repaired and split
+    settings: Preprocessing,  # how they become numbers
+    augment: str,             # augmentations, as for `make_loader`
+) -> None:
+    "Leave items and settings in a Run folder, which is then a source."
+    save_items(items, Path(folder) / "items.arrow")
+    write_json(Path(folder) / "preparation.json", {"preprocessing": asdict(settings), "augment": augment, "fingerprint": fingerprint_items(items)})
+
 
 def read_preparation(
-    data: str | Path,  # any source; only the Run folder of a preparation says something
-) -> tuple[Preprocessing, str]:  # its preprocessing and augmentations; the defaults for any other source
-    "With which settings the data of a preparation are to be prepared and augmented."
+    data: str | Path,     # any source; only the Run folder of a preparation says something
+    items: pd.DataFrame,  # the items that were loaded from it
+) -> Preparation:
+    "What was decided about these data. Raises `DataError` where a file has changed since."
     path = Path(data).expanduser() / "preparation.json"
     if not path.is_file():
-        return Preprocessing(), ""
+        return Preparation()
     read = read_json(path)
-    return Preprocessing(**read["preprocessing"] | {"columns": tuple(read["preprocessing"]["columns"])}), read["augment"]
+    if fingerprint_items(items) != read["fingerprint"]:
+        raise DataError(f"Files that {data} was prepared from have changed since; prepare the data again.")
+    return Preparation(Preprocessing(**read["preprocessing"] | {"columns": tuple(read["preprocessing"]["columns"])}), read["augment"], True)
 
 # %% ../../nbs/13_data.prepare.ipynb #c7e12600
 def prepare(
@@ -174,25 +196,30 @@ def prepare(
     folder: str | Path = "",      # where to write; empty = the cache, under the fingerprint
 ) -> Prepared:
     "Make the Prepared folder of `items`, or open it where it was made before. Raises `DataError` for data that cannot be read, or that `like` cannot take."
+    if not (items["split"] == "train").any():
+        raise DataError(f"None of the {len(items):,} items is to train on, so nothing can be learnt from them; add training items, or look at what was taken out.")
     chosen = settings.of(modality_of(items)) | {"like": _likeness(items, like)}
+    if like:
+        _check_follows(settings, like)
     fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 3")
-    folder = Path(folder or cache_dir() / "prepared" / fingerprint)
+    cached, folder = not folder, Path(folder or cache_dir() / "prepared" / fingerprint)
     if (folder / "manifest.json").exists():
         prepared = open_prepared(folder)
         if prepared.fingerprint != fingerprint:
             raise RunError(f"{folder} holds other prepared data; choose another folder.")
         return prepared
-    if folder.exists() and {path.name for path in folder.iterdir()} - {"items.arrow", "tokenizer.json"}:
+    if not cached and folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} exists and is not a Prepared folder, so nothing in it is replaced; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
     try:
         _write_prepared(partial, items, chosen, like, fingerprint)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError:
         if not (folder / "manifest.json").exists():  # else another process was quicker
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    except OSError:
+        if not (folder / "manifest.json").exists():  # as above, within the blink of an eye
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -241,6 +268,16 @@ def _likeness(items: pd.DataFrame, like: Mapping[str, Any] | None) -> str:
         raise DataError(f"The model to start from takes {like['input_spec']['modality']} data and these are {modality} data; choose another.")
     tokenizer = Path(like["tokenizer"]).read_bytes() if modality == "text" else b""
     return stable_hash(like["input_spec"], like["preprocessing"], tokenizer)
+
+# %% ../../nbs/13_data.prepare.ipynb #2c26def4
+def _check_follows(settings: Preprocessing, like: Mapping[str, Any]) -> None:
+    "Raise `DataError` where a setting was chosen that the model to start from contradicts."
+    spec, made = like["input_spec"], like["preprocessing"]
+    follows = dict(image_size=spec.get("height"), max_length=made.get("max_length"), sample_rate=made.get("sample_rate"),
+                   image_fit=made.get("fit", "crop"), columns=tuple(made.get("columns", {}).get("kinds", ())))
+    for name in settings.of(spec["modality"]):
+        if name in follows and getattr(settings, name) not in (getattr(Preprocessing(), name), follows[name]):
+            raise DataError(f"{name} is {getattr(settings, name)!r}, and the model to start from was made with {follows[name]!r}; leave {name} out, or start from another model.")
 
 
 def _tokenizer_mark(settings: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .. import __version__
 from ..core import DataError, atomic_path, cache_dir, did_you_mean, stable_hash
 from .duplicates import find_duplicates, find_overlap, join_groups
 from .facts import Facts, measure_facts
@@ -167,7 +168,20 @@ def find_leaks(survey: Survey) -> list[Finding]:
         others = [f"{survey.ids[row]} ({split[row]})" for row in rows[len(kept):]]
         copies = f"{_counted(len(others), 'copy', 'copies')} in other splits (similarity {least:.3f} or more): {_named(others)}"
         found.append(Finding(survey.ids[rows].tolist(), f"Item {survey.ids[first]} of the {split[first]} split has {copies}."))
-    return found
+    return found + _split_groups(survey, {row for rows in clusters for row in rows})
+
+
+def _split_groups(survey: Survey, copies: set[int]) -> list[Finding]:
+    "Given groups with items in several splits, copies left out: one finding for all, since whoever made the splits may have meant it."
+    if "group" not in survey.items:
+        return []
+    rows = survey.items[["group", "split"]].reset_index(drop=True).drop(index=list(copies)).dropna()
+    torn = rows.groupby("group")["split"].nunique()
+    torn = torn.index[torn > 1]
+    if not len(torn):
+        return []
+    ids = survey.ids[rows.index[rows["group"].isin(torn)]].tolist()
+    return [Finding(ids, f"{_counted(len(torn), 'group has', 'groups have')} items in more than one split: {_named(map(str, torn))}.", "warning", "review")]
 
 # %% ../../nbs/11_data.quality.ipynb #14630d35
 def find_conflicts(survey: Survey) -> list[Finding]:
@@ -338,6 +352,7 @@ def check(
     items: pd.DataFrame,                 # an items table; without labels their checks say nothing
     kinds: Iterable[str] | None = None,  # names in CHECKS; None = all
     facts: Facts | None = None,          # of the same items, where they were measured already
+    near: bool = True,                   # look for near copies, which compares every item with every other?
 ) -> pd.DataFrame:                       # one row a finding: `kind`, `severity`, `item_ids`, `evidence`, `repair`, `suggestion`
     "Look for everything that is wrong with the items. Kept in the cache for unchanged items and checks."
     kinds = tuple(CHECKS) if kinds is None else tuple(kinds)
@@ -345,12 +360,12 @@ def check(
         raise DataError(f"There is no check {unknown[0]!r}. {did_you_mean(unknown[0], CHECKS)}")
     if len(twice := items["item_id"][items["item_id"].duplicated()]):
         raise DataError(f"item_id {twice.iloc[0]!r} occurs more than once; ids must be unique.")
-    path = _cache_path(items, kinds)
-    if path and path.exists():
-        return _listed(pd.read_parquet(path))
+    path = _cache_path(items, [*kinds, near])
+    if (kept := _kept(path)) is not None:
+        return _listed(kept)
     facts = facts or measure_facts(items)
     _keep(facts.table, _cache_path(items, "facts"))
-    survey = Survey(items, facts, near=not set(kinds) <= set(QUICK_KINDS))
+    survey = Survey(items, facts, near=near)
     rows = [(kind, found.severity or CHECKS[kind].severity, found.item_ids, found.evidence, found.repair or CHECKS[kind].repair, found.suggestion)
             for kind in kinds for found in CHECKS[kind].find(survey)]
     findings = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -362,14 +377,22 @@ def item_facts(
 ) -> pd.DataFrame:        # one row an item, in their order, see `measure_facts`
     "What was measured of each item; from the cache where `check` has been there before."
     path = _cache_path(items, "facts")
-    return pd.read_parquet(path) if path and path.exists() else _keep(measure_facts(items).table, path)
+    return kept if (kept := _kept(path)) is not None else _keep(measure_facts(items).table, path)
 
 
 def _cache_path(items: pd.DataFrame, purpose: Any) -> Path | None:
     "Where a table about these items is kept; None where a file is not there: that is a finding, and nothing to recognise the items by."
     try:
-        return cache_dir() / "checks" / f"{stable_hash('checks 1', fingerprint_items(items), items['item_id'].astype(str).tolist(), purpose)}.parquet"
+        return cache_dir() / "checks" / f"{stable_hash('checks 2', __version__, fingerprint_items(items), items['item_id'].astype(str).tolist(), purpose)}.parquet"
     except DataError:
+        return None
+
+
+def _kept(path: Path | None) -> pd.DataFrame | None:
+    "A table from the cache; None where there is none, or none that can be read."
+    try:
+        return pd.read_parquet(path) if path and path.exists() else None
+    except (OSError, ValueError):
         return None
 
 
@@ -415,15 +438,16 @@ def repair(
     wanted = findings[findings["kind"].isin(kinds)].sort_values("kind", key=lambda column: column.map(list(CHECKS).index), kind="stable")
     result, log = items.set_index(items["item_id"].astype(str).rename(None)), []
     gone: set[str] = set()
+    held_out = set(result.index[result["split"].isin(["valid", "test"])]) if "split" in result else set()  # their labels are what scores are measured by
     for found in wanted.itertuples():
         ids = [item_id for item_id in found.item_ids if item_id in result.index and item_id not in gone]
         dropped = _to_drop(found.repair, ids, result)
         gone.update(dropped)
         log += [(item_id, found.kind, "drop", "kept", "dropped", found.evidence) for item_id in dropped]
-        if found.repair == "relabel" and ids:
+        if found.repair == "relabel" and ids and ids[0] not in held_out:
             log.append((ids[0], found.kind, "relabel", str(result.at[ids[0], "label"]), found.suggestion, found.evidence))
             result = result.assign(label=result["label"].where(result.index != ids[0], found.suggestion))
-    result = result[~result.index.isin(gone)]
+    result = result[~result.index.isin(gone)] if gone else result
     result, grouped = _grouped(result, wanted[wanted["repair"] == "group"])
     return result.reset_index(drop=True), pd.DataFrame(log + grouped, columns=list(LOG_COLUMNS)).astype(str)
 

@@ -187,8 +187,14 @@ def data_findings(
     leaked = {item_id for ids in findings["item_ids"][findings["kind"] == "leak"] for item_id in ids} & set(items["item_id"][items["split"] == "test"])
     if leaked:
         sentences.append(f"As it came, {len(leaked):,} of {sizes.get('test', 0):,} test items ({len(leaked) / sizes.get('test', 0):.1%}) had a copy in another split or shared one with such an item: scores on it would have been too good.")
-    open_kinds = findings[~findings["kind"].isin(repairs["kind"]) & (findings["severity"] != "note")]
-    for kind, found in open_kinds.groupby("kind", sort=False):
+    left, done = set(items["item_id"].astype(str)), set(zip(repairs["kind"], repairs["item_id"]))
+    least = {"drop": 1, "keep_first": 2, "drop_from_train": 2, "group": 2}  # items that must be left for a finding to matter still
+
+    def is_open(found) -> bool:
+        here = [item_id for item_id in found.item_ids if item_id in left]
+        return found.severity != "note" and (not found.item_ids or len(here) >= least.get(found.repair, 1)) and not any((found.kind, item_id) in done for item_id in found.item_ids)
+    still = findings[[is_open(found) for found in findings.itertuples()]] if len(findings) else findings
+    for kind, found in still.groupby("kind", sort=False):
         sentences.append(f"To be looked at: {kind.replace('_', ' ')} ({len(found):,}). {found['evidence'].iloc[0]}")
     if findings.empty:
         sentences.append("Nothing was found to be wrong.")

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ..core import unit_hash
-from .media import decode_audio, mel_filters
+from .media import audio_header, decode_audio, mel_filters
 
 # %% ../../nbs/08_data.sound.ipynb #47c70002
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
@@ -56,7 +56,7 @@ def guess_rate_and_seconds(
 ) -> tuple[int, float]:      # samples a second; seconds
     "A rate and a length for recordings that come in several. Raises `DataError` for one that cannot be read."
     looked_at = sorted(zip(items["item_id"], items["audio"]), key=lambda item: unit_hash(item[0]))[:n_looked_at]
-    facts = [(rate, len(samples) / rate) for samples, rate in (decode_audio(source, item_id) for item_id, source in looked_at)]
+    facts = [(rate, frames / rate) for rate, frames, _ in (audio_header(source, item_id) for item_id, source in looked_at)]
     rates, seconds = zip(*facts)
     return min(highest, int(pd.Series(rates).mode()[0])), round(min(longest, max(0.1, float(np.quantile(seconds, 0.95)))), 2)
 
@@ -101,7 +101,7 @@ def band_statistics(
         frames = spectrograms[row, : lengths[row]].astype(np.float64)
         total, squares, count = total + frames.sum(axis=0), squares + (frames**2).sum(axis=0), count + len(frames)
     mean = total / count
-    return dict(mean=mean.tolist(), std=np.sqrt(squares / count - mean**2).clip(min=0.1).tolist())
+    return dict(mean=mean.tolist(), std=np.sqrt((squares / count - mean**2).clip(min=0.01)).tolist())
 
 # %% ../../nbs/08_data.sound.ipynb #6bca8f55
 def random_gain(

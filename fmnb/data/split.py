@@ -80,13 +80,14 @@ def _split_by_hash(items: pd.DataFrame, shares: dict[str, float], test_frac: flo
 def _fill(label: str, sizes: pd.Series, shares: dict[str, float]) -> pd.Series:
     "The split of each group of one label, filled in order. Raises `DataError` where there are too few groups, or too large ones."
     result, left = pd.Series("train", index=sizes.index), sizes
-    few = DataError(f"Label {label!r} has {len(sizes)} group(s), too few to split; add items, merge it with another label or drop it.")
+    who = f"Label {label!r} has" if label else "The items without a label have"
+    few = DataError(f"{who} {len(sizes)} group(s), too few to split; add items, merge it with another label or drop it.")
     if sizes.sum() <= len(shares):
         raise few
     for split, share in shares.items():
         chosen = _take_groups(left, max(1, round(sizes.sum() * share)))
         if not chosen:
-            raise DataError(f"Label {label!r} has no group small enough for the {split} split (the smallest left, {left.idxmin()!r}, has {left.min():,} of {sizes.sum():,} items); split its groups (near duplicates are one group where they were repaired so), add items or drop it.")
+            raise DataError(f"{who} no group small enough for the {split} split (the smallest left, {left.idxmin()!r}, has {left.min():,} of {sizes.sum():,} items); split its groups (near duplicates are one group where they were repaired so), add items or drop it.")
         result[chosen] = split
         left = left.drop(chosen)
     if left.empty:

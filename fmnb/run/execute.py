@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PARAMETER_NAMES, Config, coerce, make_config
-from ..core import ConfigError, RunError, atomic_path, cache_dir, did_you_mean, stable_hash
+from ..core import ConfigError, RunError, atomic_path, did_you_mean, stable_hash
 from .record import Run, RunWriter, claim_folder, run_folder
 
 # %% ../../nbs/41_run.execute.ipynb #187e285d
@@ -95,13 +95,13 @@ def write_html(
 # %% ../../nbs/41_run.execute.ipynb #85cda4cf
 def run(
     report: str | Path,                           # a template's name or a notebook's path
-    parameters: Mapping[str, Any] | None = None,  # values by name (`data` may be a DataFrame); the rest keep defaults
+    parameters: Mapping[str, Any] | None = None,  # values by name; the rest keep the report's defaults
     out: str | Path = "",                         # run folder; empty = runs/ and a name made of the parameters
     overwrite: bool = False,                      # replace the run folder if it exists?
     progress: bool = True,                        # show papermill's progress bar?
 ) -> Run:                                         # the finished run
     "Execute a report into a Run folder. Raises `ConfigError` before it starts, `RunError` where it fails half-way."
-    path, parameters = find_report(report), _with_paths(parameters or {})
+    path, parameters = find_report(report), dict(parameters or {})
     name = re.sub(r"^\d+_", "", path.stem)
     declared = read_parameters(path)
     config, own = _check_parameters(declared, parameters | ({"out": str(out)} if out else {}) | ({"overwrite": True} if overwrite else {}))
@@ -122,20 +122,6 @@ def run(
 
 # %% ../../nbs/41_run.execute.ipynb #8b190700
 _TUNING = {"GOMP_SPINCOUNT": "3000", "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}  # 32 MiB is glibc's maximum
-
-
-def _with_paths(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    "Parameters in which a DataFrame given as `data` has become the path of a Parquet file in the cache."
-    data = parameters.get("data")
-    if not hasattr(data, "to_parquet"):
-        return dict(parameters)
-    from pandas.util import hash_pandas_object
-    key = stable_hash([str(name) for name in data.columns], hash_pandas_object(data, index=False).to_numpy().tobytes())
-    path = cache_dir() / "frames" / f"{key}.parquet"
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            data.to_parquet(temporary, index=False)
-    return dict(parameters) | {"data": str(path)}
 
 # %% ../../nbs/41_run.execute.ipynb #507d3618
 def _check_parameters(declared: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
