@@ -25,6 +25,6 @@ def test_report_at_default_size(path, tmp_path):
 @pytest.mark.parametrize("path", BENCHMARKS, ids=notebook_id)
 def test_benchmark_at_small_size(path, tmp_path):
     """It runs and says something; the figures that count are those of a quiet machine."""
-    done = run(path, {"n_images": 400, "repeats": 1}, out=tmp_path / "run", progress=False)
+    done = run(path, {"n_images": 800, "repeats": 1}, out=tmp_path / "run", progress=False)
     notebook = nbformat.read(done.folder / "report.ipynb", as_version=4)
     assert any("times" in output.get("data", {}).get("text/markdown", "") for cell in notebook.cells for output in cell.get("outputs", []))

@@ -49,7 +49,7 @@ def test_run_folder_is_as_promised(finished):
     assert set(metrics) == {"test", "valid", "n_parameters", "train_seconds", "items_per_second", "peak_memory_bytes"}
     assert set(metrics["test"]) == {"accuracy", "precision_macro", "recall_macro", "f1_macro"}
     for metric in metrics["test"].values():
-        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 and metric["n_items"] == 359
+        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 and metric["n_items"] == 373
     assert list(finished.predictions.columns[:4]) == ["item_id", "split", "target", "prediction"]
     assert [f"score_{digit}" for digit in range(10)] == list(finished.predictions.columns[4:])
     assert (finished.predictions.query("split == 'test'").eval("target == prediction").mean()) == pytest.approx(metrics["test"]["accuracy"]["value"])
