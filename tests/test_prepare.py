@@ -52,7 +52,7 @@ def test_images_of_ten_times_the_memory_pass(tmp_path):
 
 @needs_proc
 def test_texts_larger_than_the_memory_pass(tmp_path):
-    """Tables above 64 MiB are read piece by piece; the tokenizer and its threads need some 80 MiB for themselves."""
+    """Tables above 64 MiB are read piece by piece; the tokenizer and its threads need memory of their own."""
     words = np.random.default_rng(0).choice(["river", "stone", "garden", "winter", "letter", "market", "orange"], (16, 9000))
     with open(tmp_path / "texts.csv", "w") as file:
         file.write("text,label\n")
