@@ -63,12 +63,12 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-ALLOWED = {"core": set(), "config": {"core"}, "data": {"core"}, "model": {"core"}, "train": {"core", "config"}, "run": {"core", "config"}, "eval": {"core"}}
+ALLOWED = {"core": set(), "config": {"core"}, "data": {"core"}, "model": {"core"}, "train": {"core", "config", "model"}, "run": {"core", "config"}, "eval": {"core"}}
 
 
 @pytest.mark.parametrize("module", NUMBERS)
 def test_rooms_keep_to_themselves(module):
-    """Data, models and runs do not know each other, and evaluation knows none of them: the reports join them."""
+    """Data, models and runs do not know each other, and evaluation knows none of them: training builds on models, and the reports join all."""
     rooms = {room(name) for name in imported(module, source_of(module)) & set(NUMBERS)}
     assert rooms <= ALLOWED[room(module)] | {room(module)}
 

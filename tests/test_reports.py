@@ -2,6 +2,7 @@
 import nbformat
 import pytest
 from conftest import BENCHMARKS, REPORTS, notebook_id
+from fmnb.model.store import read_description
 from fmnb.run.execute import run
 
 
@@ -15,6 +16,10 @@ def test_report_at_default_size(path, tmp_path):
     assert (done.folder / "report.html").stat().st_size < 3_000_000
     if not (done.folder / "metrics.json").exists():
         assert path.stem == "10_prepare"
+        return
+    if path.stem == "20_pretrain":
+        assert done.metrics["valid"]["probe"] > 0.9 and [row["share"] for row in done.metrics["gain"]] == [0.01, 0.05, 0.2, 1.0]
+        assert read_description(done.folder, "foundation")["objective"]["name"] == "contrastive"
         return
     models = done.metrics.get("models", {"model": done.metrics})
     for name, metrics in models.items():

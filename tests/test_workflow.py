@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import REPORTS, ROOT
 from fmnb.core import ConfigError, RunError
-from fmnb.model.head import load_model
+from fmnb.model.store import load_model
 from fmnb.run.cli import main
 from fmnb.run.execute import run
 from fmnb.run.record import open_run, run_contents, runs
@@ -177,10 +177,10 @@ def test_a_training_that_fails_half_way(tmp_path):
     training = next(cell for cell in report.cells if "train(learn, config)" in cell.source)
     training.source = "import torch\nmodel.head.linear.weight.data.fill_(torch.nan)\n" + training.source
     nbformat.write(report, tmp_path / "30_broken.ipynb")
-    with pytest.raises(RunError, match="loss became nan in epoch 1, step 1; set a learning_rate below"):
+    with pytest.raises(RunError, match="no number in 5 steps in a row, the last in epoch 1, step 5; set a learning_rate below"):
         run(tmp_path / "30_broken.ipynb", QUICK, tmp_path / "run", progress=False)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["status"] == "failed" and "loss became nan" in status["error"]
+    assert status["status"] == "failed" and "no number in 5 steps in a row" in status["error"]
     kept = nbformat.read(tmp_path / "run" / "report.ipynb", as_version=4)
     assert sum(bool(cell.get("outputs")) for cell in kept.cells) > 4
 

@@ -281,10 +281,12 @@ def decode_text(
 
 
 def normalise_text(
-    text: str,  # any text
+    text: str,          # any text
+    ends: bool = False,  # keep white space at the ends, as of a passage that others follow?
 ) -> str:
-    "Unicode NFC, `\\n` for each kind of newline, no white space at the ends."
-    return unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").strip()
+    "Unicode NFC, `\\n` for each kind of newline, no white space at the ends unless `ends` are kept."
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    return text if ends else text.strip()
 
 # %% ../../nbs/03_data.media.ipynb #627734b6
 _works: dict[int, Callable[[range], Any]] = {}  # what the forked processes do, a key for each call; they inherit it

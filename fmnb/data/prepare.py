@@ -118,7 +118,7 @@ class Preprocessing:
     "How items become numbers. Raises `DataError` for a value out of range."
     image_size: int = field(default=0, metadata=dict(modality="image"))       # height and width, pixels; 0 = the median side, at most 64
     image_fit: str = field(default="crop", metadata=dict(modality="image"))   # how another shape becomes a square: crop, pad or stretch
-    tokenizer: str = field(default="bpe", metadata=dict(modality="text"))     # bpe or wordpiece, trained here; or the path of a pretrained one
+    tokenizer: str = field(default="bpe", metadata=dict(modality="text"))     # bpe, wordpiece or char, trained here; or the path of a pretrained one
     vocab_size: int = field(default=8192, metadata=dict(modality="text"))     # most tokens of a trained tokenizer, at least 300
     max_length: int = field(default=128, metadata=dict(modality="text"))      # tokens after which a labelled text is cut
     sample_rate: int = field(default=0, metadata=dict(modality="audio"))      # samples a second; 0 = the most frequent, at most 16,000
@@ -201,7 +201,7 @@ def prepare(
     chosen = settings.of(modality_of(items)) | {"like": _likeness(items, like)}
     if like:
         _check_follows(settings, like)
-    fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 3")
+    fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 4")
     cached, folder = not folder, Path(folder or cache_dir() / "prepared" / fingerprint)
     if (folder / "manifest.json").exists():
         prepared = open_prepared(folder)

@@ -53,10 +53,12 @@ def split_items(
     seed: int = 0,            # another seed, another split; independent of the seed of a run
     by: str = "hash",         # 'hash', or 'time': the latest items are the test split, those before them validation
 ) -> pd.DataFrame:            # `items` with a `split` column: 'train', 'valid' or 'test'
-    "Assign every item to a split, stratified by label and whole groups at a time. Splits already given are kept."
+    "Assign every item to a split, stratified by label and whole groups at a time. Splits already given are kept, and a corpus that brings validation texts needs no test."
     _check(items, test_frac, valid_frac, by)
     result = items["split"].to_numpy(dtype=object, copy=True) if "split" in items else np.full(len(items), "train", dtype=object)
     shares = {name: share for name, share in (("test", test_frac), ("valid", valid_frac)) if name not in result}
+    if "label" not in items and "valid" not in shares:  # pretraining is judged by the validation texts
+        shares = {}
     free = result == "train"
     if shares and free.any():
         result[free] = _split_by_time(items[free], shares) if by == "time" else _split_by_hash(items[free], shares, test_frac, seed)

@@ -42,27 +42,30 @@ class TokenEmbedding(nn.Embedding):
         vocab_size: int,       # rows of the table
         width: int,            # size of a vector
         dropout: float = 0.1,  # share of the vocabulary dropped in training, in [0, 1)
+        scale: float = 1.0,    # vectors are stored smaller by this factor than they are read
     ):
         super().__init__(vocab_size, width, padding_idx=0)
-        self.dropout = dropout
-        nn.init.normal_(self.weight, std=width**-0.5)
+        self.dropout, self.scale = dropout, scale
+        nn.init.normal_(self.weight, std=width**-0.5 / scale)
         with torch.no_grad():
             self.weight[0].zero_()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         "Look up the vectors of `tokens`."
-        vectors = F.embedding(tokens, self.weight, padding_idx=0)
+        vectors = self.scale * F.embedding(tokens, self.weight, padding_idx=0)
         if not self.training or self.dropout == 0:
             return vectors
         kept = F.dropout(vectors.new_ones(self.num_embeddings), self.dropout)
         return vectors * kept[tokens].unsqueeze(-1)
 
-# %% ../../nbs/19_model.layers.ipynb #ba33480f
+# %% ../../nbs/19_model.layers.ipynb #89789dcb
 def masked_max_mean(
-    states: torch.Tensor,  # (batch, length, width)
-    mask: torch.Tensor,    # (batch, length), True where there is a token
-) -> torch.Tensor:         # (batch, 2 * width)
+    states: torch.Tensor,              # (batch, length, width)
+    mask: torch.Tensor | None = None,  # (batch, length), True where there is a token; None = everywhere
+) -> torch.Tensor:                     # (batch, 2 * width)
     "Maximum and mean over the length, padding left out; zeros for a text without tokens."
+    if mask is None:
+        return torch.cat([states.amax(dim=1), states.mean(dim=1)], dim=1)
     mask = mask.unsqueeze(-1)
     count = mask.sum(dim=1)
     largest = states.masked_fill(~mask, torch.finfo(states.dtype).min).amax(dim=1)
