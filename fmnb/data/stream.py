@@ -143,13 +143,14 @@ class NumberedLoader(DataLoader):
     "A fastai DataLoader that knows which rows each batch holds."
     round_steps: int = 0   # batches of a round of training; 0 = evaluation: each row once, in order
     seed: int = 0          # of the order in training, 0 or more
+    every: int = 1         # in evaluation only every so many-th row
     _kept: tuple[Any, Any] = (None, None)  # seed and number of an epoch, and its order
 
     def rows(self, step: int) -> np.ndarray:
         "The rows of batch number `step`."
         numbers, stride = np.arange(step * self.bs, (step + 1) * self.bs), self.dataset.stride
         if not self.round_steps:
-            return numbers[numbers < self.n] * stride
+            return numbers[numbers * self.every < self.n] * self.every * stride
         return np.concatenate([self._order(epoch)[numbers[numbers // self.n == epoch] % self.n] for epoch in np.unique(numbers // self.n)])
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -180,7 +181,7 @@ class StreamLoader(NumberedLoader):
     pending_states: dict[str, Any] | None = None  # as of fastai's `get_random_states`: to restore before the next batch is made
 
     def __len__(self) -> int:
-        return self.round_steps or math.ceil(self.n / self.bs)
+        return self.round_steps or math.ceil(self.n / self.every / self.bs)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         if not self.round_steps:
@@ -219,6 +220,7 @@ def make_stream(
     device: torch.device | str | None = None,  # None = CPU
     augment: str = "",       # in training or for several views: names, separated by commas; empty = chosen for the data; 'none'
     round_steps: int = 0,    # batches of a round of training; 0 = about as many as an epoch has
+    at_most: int = 0,        # in evaluation: windows or items, spread over the split; 0 = all
 ) -> StreamLoader:
     "A loader to pretrain with. Raises `DataError` for a split without items and for a text that is shorter than a window."
     positions = prepared.positions(split)
@@ -233,7 +235,7 @@ def make_stream(
     device, names = torch.device(device or "cpu"), choose_augmentations(prepared, augment, views) if training or views > 1 else ()
     transform = noop if prepared.modality == "text" else batch_transform(prepared, names, device, views)
     loader = StreamLoader(dataset, bs=min(batch_size, len(dataset)), indexed=True, device=device, after_batch=transform)
-    loader.views, loader.seed = views, seed
+    loader.views, loader.seed, loader.every = views, seed, math.ceil(len(dataset) / at_most) if at_most and not training else 1
     loader.round_steps = (round_steps or math.ceil(len(dataset) / loader.bs)) if training else 0
     return loader
 

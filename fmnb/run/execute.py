@@ -108,7 +108,7 @@ def run(
     folder = run_folder(config, name + (f"-{stable_hash(own, length=4)}" if own else ""))
     values = own | {key: getattr(config, key) for key in parameters if key not in own} | {"out": str(folder), "overwrite": config.overwrite}
     values = {key: value for key, value in values.items() if key in declared}
-    started = claim_folder(folder, config.overwrite, (str(path), config.data, config.start_from))
+    started = claim_folder(folder, config.overwrite, (str(path), config.data, config.start_from, config.evaluate_on))
     try:
         _execute(path, started, values, progress)
         write_html(started.folder / "report.ipynb", started.folder / "report.html")

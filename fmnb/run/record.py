@@ -176,7 +176,7 @@ def run_folder(
     if config.out:
         return Path(config.out)
     data = re.sub(r"[^\w-]+", "-", Path(config.data).stem or config.data).strip("-")
-    family = [config.family] if report == "finetune" else []
+    family = [config.family] if report in ("finetune", "pretrain") else []
     return Path("runs") / "-".join([report, data, *family, config.run_hash()])
 
 
@@ -234,7 +234,7 @@ def start_run(
     "Open the Run folder of this notebook and write its first `config.json`."
     run = RunWriter(run_folder(config, report))
     if not adopted(run.folder):
-        run = claim_folder(run.folder, config.overwrite, (config.data, config.start_from))
+        run = claim_folder(run.folder, config.overwrite, (config.data, config.start_from, config.evaluate_on))
         _mark_failure(run)
     run.write_config(config, report)
     return run
@@ -286,7 +286,7 @@ def runs(
         report = config.get("report")
         rows.append({
             "run": path.parent.relative_to(root).as_posix(), "report": report, "status": status["status"],
-            "data": parameters.get("data"), "family": parameters.get("family") if report == "finetune" else None,
+            "data": parameters.get("data"), "family": parameters.get("family") if report in ("finetune", "pretrain") else None,
             "seed": parameters.get("seed"), "started": status.get("started"),
             **{name: test.get(name, {}).get("value") for name in ("accuracy", "f1_macro")},
             "train_seconds": metrics.get("train_seconds"), "error": status.get("error")})

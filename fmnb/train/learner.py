@@ -118,7 +118,7 @@ def make_learner(
     precision: str = "float32",   # 'float32', 'bfloat16' or 'float16'
 ) -> StepLearner:
     "A Learner with the model's own loss, fused AdamW, and for a classifier averaged weights, accuracy and a history."
-    supervised = hasattr(model, "head")
+    supervised = not hasattr(model, "loss")
     return StepLearner(dls, model, model.head.loss if supervised else model.loss, optimizer_function(), partial(parameter_groups, weight_decay=weight_decay),
                        accuracy if supervised else None, [*([WeightAverage(), History()] if supervised else []), KeepFrozen(), *callbacks],
                        accumulate=accumulate, clip=clip, precision=precision)

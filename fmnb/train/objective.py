@@ -24,7 +24,7 @@ OBJECTIVES: dict[str, type[Objective]] = {o.name: o for o in (CausalLM, MaskedLM
 DEFAULT_OBJECTIVES = {  # the first that the backbone can do
     ("cnn", "image"): ("contrastive",), ("rnn", "image"): ("contrastive",), ("transformer", "image"): ("masked_image", "contrastive"),
     ("cnn", "text"): ("masked_lm",), ("rnn", "text"): ("causal_lm",), ("transformer", "text"): ("causal_lm", "masked_lm"),
-    ("cnn", "audio"): ("denoise",), ("rnn", "audio"): ("autoregressive", "contrastive"), ("transformer", "audio"): ("masked_frames", "autoregressive", "contrastive"),
+    ("cnn", "audio"): ("contrastive", "denoise"), ("rnn", "audio"): ("masked_frames", "autoregressive", "contrastive"), ("transformer", "audio"): ("masked_frames", "autoregressive", "contrastive"),
 }
 
 
