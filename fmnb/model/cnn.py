@@ -118,6 +118,7 @@ class ImageCNN(nn.Module):
         self.norm = MaskedBatchNorm(self.n_states)
         self.stride = 2 ** (len(self.stages) - 1)
         self.grid = (-(-height // self.stride), -(-width // self.stride))
+        self.to(memory_format=torch.channels_last)
 
     def encode(
         self,
@@ -126,6 +127,7 @@ class ImageCNN(nn.Module):
     ) -> torch.Tensor:                       # (batch, n_states, *grid); zero where nothing is seen
         "The last map."
         check_images(images, self.shape)
+        images = images.contiguous(memory_format=torch.channels_last)
         seen = visible_maps(visible, images, len(self.stages))
         states = hide(self.stem(hide(images, seen[0])), seen[0])
         for number, stage in enumerate(self.stages):
