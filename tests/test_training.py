@@ -277,8 +277,8 @@ def test_a_resumed_budget_in_minutes_has_the_same_number_of_steps(texts, tmp_pat
     assert learn.state.step == learn.state.total == total > 8
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_resumes_exactly(precision, digits, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_each_precision_resumes_exactly(precision, digits, tmp_path):
     settings = replace(SETTINGS, precision=precision, steps=12, round_steps=4, checkpoint_steps=3)
     stopped(viewer(digits, "masked_image"), tmp_path, step=8, settings=settings)
     learn = pretrain(viewer(digits, "masked_image"), settings, tmp_path)

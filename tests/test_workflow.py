@@ -19,7 +19,7 @@ from fmnb.run.record import open_run, run_contents, runs
 
 FINETUNE = next(path for path in REPORTS if path.stem == "30_finetune")
 QUICK = {"epochs": 2, "learning_rate": 0.003}
-RUN_FILES = {"config.json", "history.csv", "metrics.json", "model/model.json", "model/model.safetensors", "predictions.parquet",
+RUN_FILES = {"config.json", "history.csv", "metrics.json", "model/README.md", "model/model.json", "model/model.safetensors", "predictions.parquet",
              "report.html", "report.ipynb", "status.json"}
 
 

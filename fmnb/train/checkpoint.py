@@ -140,12 +140,22 @@ def load_checkpoint(
     learn.model.load_state_dict(tree["model"])
     learn.create_opt()
     learn.opt.load_state_dict(tree["optimizer"])
+    _lay_out(learn.opt.opt)
     learn.make_scaler()
     if learn.scaler:
         learn.scaler.load_state_dict(tree["scaler"])
     for callback in _with_state(learn):
         callback.load_state_dict(tree["callbacks"][callback.name])
     learn.dls.train.step, learn.dls.train.pending_states = learn.state.step, tree["random"]
+
+# %% ../../nbs/33_train.checkpoint.ipynb #339776eb
+def _lay_out(optimizer: Any) -> None:
+    "Give what an optimizer remembers of a parameter that parameter's order in memory: fused steps take it for granted, and a file has lost it."
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for parameter, remembered in part.state.items():
+            for name, value in remembered.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 # %% ../../nbs/33_train.checkpoint.ipynb #6040f1f3
 def compare_nested(
