@@ -77,7 +77,7 @@ def train(prepared, family, steps, folder, result):
     learn = make_learner(DataLoaders(*streams, device="cpu"), model, callbacks=[Watch()])
     settings = PretrainSettings(steps=steps, learning_rate=3e-3, optimizer=optimizer, accumulate=2, average=0.1, round_steps=23, precision="float32", checkpoint_steps=7)
     begin = time.perf_counter()
-    pretrain(learn, settings, folder, save=lambda learn: save_file({name: tensor.clone() for name, tensor in learn.model.state_dict().items()}, result))
+    pretrain(learn, settings, folder, save=lambda learn: save_file({name: tensor.contiguous() for name, tensor in learn.model.state_dict().items()}, result))
     columns = pretrain_history(learn).drop(columns="seconds")
     Path(f"{result}.json").write_text(json.dumps({"history": columns.to_dict("list"), "seconds": time.perf_counter() - begin}))
 
