@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=fmnb.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", add_help=False, help="execute a report into a run folder")
-    run.add_argument("report", metavar="REPORT", nargs="?", help="a report's name (prepare, finetune, compare) or a notebook's path")
+    run.add_argument("report", metavar="REPORT", nargs="?", help="a report's name (prepare, pretrain, finetune, compare) or a notebook's path")
     run.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="set a parameter of the report")
     run.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/ and a name made of the parameters)")
     run.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
