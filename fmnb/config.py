@@ -17,7 +17,7 @@ from .core import ConfigError, did_you_mean, stable_hash
 
 # %% ../nbs/01_config.ipynb #925065b9
 FAMILIES = ("cnn", "rnn", "transformer")
-RECIPES = ("scratch", "full", "head_only")
+RECIPES = ("scratch", "full", "gradual", "head_only", "lora")
 
 
 def _parameter(
@@ -44,11 +44,12 @@ class Config:
     repair: str = _parameter("safe", "kinds of findings to repair, separated by commas; safe = those that nobody wants to keep, none = leave the items as they are")
     split_by: str = _parameter("hash", "how items are split where the source does not say", choices=("hash", "time"))
     augment: str = _parameter("", "augmentations of training batches, separated by commas; empty = chosen for the data, none = none")
-    family: str = _parameter("cnn", "model family", choices=FAMILIES)
+    family: str = _parameter("", "model family; empty = that of start_from, else cnn", choices=("", *FAMILIES))
     families: str = _parameter(",".join(FAMILIES), "model families to compare, separated by commas", choices=FAMILIES, many=True)
-    backbone: str = _parameter("", "another backbone or other sizes, such as name=vit, depth=4; empty = the default")
-    start_from: str = _parameter("", "run or model folder to start from; empty = from scratch")
-    recipe: str = _parameter("", "how to train; empty = scratch, or full with start_from", choices=("", *RECIPES))
+    backbone: str = _parameter("", "another backbone or other sizes, such as vit, depth=4; empty = that of start_from, else the default")
+    head: str = _parameter("", "another head and its settings, such as mlp, pool=attention, loss=focal, class_weights=auto; empty = linear")
+    start_from: str = _parameter("", "what to start from: a run or model folder, timm:NAME, torchvision:NAME, hf:OWNER/NAME; empty = from scratch")
+    recipe: str = _parameter("", "how to train (scratch, full, gradual, head_only, lora) and settings, such as lora, rank=8; empty = scratch, or full with start_from")
     objective: str = _parameter("", "objective of the pretraining and its settings, such as masked_lm, masking=span; empty = chosen for family and data")
     epochs: int = _parameter(0, "passes over the training split; 0 = chosen for the data", 0, 100_000)
     steps: int = _parameter(0, "optimizer steps of a pretraining; 0 = chosen for the data", 0, 1_000_000_000)

@@ -8,6 +8,7 @@ from fmnb.config import FAMILIES, RECIPES
 from fmnb.data.load import BATCHES
 from fmnb.data.source import EMBEDDED, load_items
 from fmnb.model.baseline import BASELINE_NAMES
+from fmnb.model.bottleneck import output_channels
 from fmnb.model.cnn import MaskedBatchNorm, spread
 from fmnb.model.head import BACKBONES, build_backbone, build_model
 from fmnb.train.recipe import ITEM_PASSES, LEARNING_RATES, RECIPE_FUNCTIONS
@@ -16,7 +17,7 @@ IMAGE_SIZES = [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 
 BODIES = [(family, modality, name) for family, backbones in BACKBONES.items() for modality, names in backbones.items() for name in names]
 SIZES = {"image": (1, 8, 8), "audio": (3, 51, 40)}
 BERT = dict(model_type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
-SMALL = {("cnn", "timm"): dict(model="test_resnet"), ("transformer", "timm"): dict(model="test_vit"), ("transformer", "hugging_face"): dict(config=BERT),
+SMALL = {("cnn", "timm"): dict(model="test_resnet"), ("transformer", "timm"): dict(model="test_vit"), ("cnn", "torchvision"): dict(model="shufflenet_v2_x0_5"), ("transformer", "hugging_face"): dict(config=BERT),
          ("rnn", "awd_lstm"): dict(width=32, hidden=48, last=32)}
 
 each_body = pytest.mark.parametrize("family,modality,name", BODIES)
@@ -92,6 +93,15 @@ def test_layer_groups_hold_every_parameter_once(family, modality, name):
     grouped = [id(p) for group in made.layer_groups() for module in group for p in module.parameters()]
     assert sorted(grouped) == sorted(id(p) for p in made.parameters())
     assert len(made.layer_groups()) >= 3
+
+
+@each_body
+def test_blocks_are_numbered_by_their_layer_group(family, modality, name):
+    """Each is behind the first group, in order, and its output is states of a batch."""
+    made = body(family, modality, name)
+    numbers, blocks = zip(*made.block_groups())
+    assert list(numbers) == sorted(numbers) and 1 <= numbers[0] and numbers[-1] < len(made.layer_groups())
+    assert all(channels > 1 and dim in (-1, 1) for channels, dim in output_channels(made, blocks))
 
 
 @each_body

@@ -13,18 +13,19 @@ from conftest import ROOT
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
-from fmnb.core import ConfigError, RunError
+from fmnb.core import ConfigError, DataError, RunError
 from fmnb.data.prepare import Preprocessing, prepare
 from fmnb.data.source import load_items
 from fmnb.data.split import split_items
 from fmnb.data.stream import make_stream
 from fmnb.model.head import build_backbone
-from fmnb.train import checkpoint
 from fmnb.train.checkpoint import CHECKPOINT, read_checkpoint
 from fmnb.train.learner import make_learner
+from fmnb.train.loop import DivergenceError
 from fmnb.train.objective import make_objective
 from fmnb.train.optimizer import OPTIMIZERS, SCHEDULES, schedule_factor
 from fmnb.train.pretrain import PRETRAINING, PretrainSettings, choose_pretraining, pretrain, pretrain_history
+from safetensors.torch import save_file
 
 SETTINGS = PretrainSettings(steps=24, optimizer="adamw", learning_rate=3e-3, round_steps=8, precision="float32", checkpoint_steps=5)
 KILLS = int(os.environ.get("FMNB_KILLS", 4))
@@ -103,7 +104,14 @@ def test_a_batch_of_no_numbers_is_left_out(digits):
 def test_batches_of_no_numbers_in_a_row_end_the_training(digits):
     learn = viewer(digits, callbacks=[Inject(range(12, 99), spoil)])
     ids = learn.dls.train.item_ids(15)
-    with pytest.raises(RunError, match=f"in 5 steps in a row, the last in epoch 2, step 8, with the items {ids[0]}, .*set a learning_rate below .* or look at these items"):
+    with pytest.raises(DataError, match=f"The inputs of 5 steps in a row hold values that are no numbers, with the items {ids[0]}, .*; look at the items"):
+        pretrain(learn, SETTINGS)
+
+
+def test_losses_of_no_numbers_in_a_row_end_the_training(digits):
+    learn = viewer(digits, callbacks=[Inject(range(12, 99), lambda learn: next(learn.model.parameters()).data.fill_(torch.nan))])
+    ids = learn.dls.train.item_ids(15)
+    with pytest.raises(DivergenceError, match=f"in 5 steps in a row, the last in epoch 2, step 8, with the items {ids[0]}, .*set a learning_rate below .* or look at these items"):
         pretrain(learn, SETTINGS)
 
 
@@ -186,12 +194,12 @@ def test_what_cannot_be_computed_in_parts_says_so(digits):
 
 def test_full_disk(texts, tmp_path, monkeypatch):
     """The checkpoint before stays whole, the temporary goes, the training ends well and says what happened."""
-    save, calls, kept = checkpoint.save_file, [], []
+    calls, kept = [], []
 
     def full(tensors, path, metadata):
         calls.append(path)
         if len(calls) == 1 or len(calls) > 3:
-            return save(tensors, path, metadata)
+            return save_file(tensors, path, metadata)
         path.write_bytes(b"half a check")
         raise OSError(28, "No space left on device")
 
@@ -202,7 +210,7 @@ def test_full_disk(texts, tmp_path, monkeypatch):
             if len(calls) == 3 and not kept:
                 kept.append((read_checkpoint(tmp_path / CHECKPOINT)["state"]["step"], os.listdir(tmp_path)))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("fmnb.model.weights.save_file", full)
     learn = pretrain(reader(texts, callbacks=[Look()]), SETTINGS, tmp_path)
     assert kept == [(0, [CHECKPOINT])] and os.listdir(tmp_path) == []
     assert len(learn.notes) == 1 and "could not be written (there is no space left)" in learn.notes[0] and "The one before was kept." in learn.notes[0]

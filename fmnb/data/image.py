@@ -71,7 +71,7 @@ def image_column(
     "Decode and fit all images. Raises `DataError` that names the first item that cannot be read."
     if like:
         spec, preprocessing = dict(like["input_spec"]), dict(like["preprocessing"])
-        fit = preprocessing.get("fit", "crop")
+        fit = preprocessing.setdefault("fit", settings["image_fit"])
     else:
         (guessed, channels), fit = guess_size_and_channels(items), settings["image_fit"]
         size = settings["image_size"] or guessed
@@ -224,7 +224,7 @@ def cutout(
 # %% ../../nbs/08_data.image.ipynb #72e2ce6f
 def mixup(
     images: "torch.Tensor",   # (batch, channels, height, width)
-    targets: "torch.Tensor",  # (batch, classes), shares that sum to 1
+    targets: "torch.Tensor",  # floating point: (batch, classes), shares of classes; or (batch,), numbers
     alpha: float = 0.2,       # of the beta distribution that the share is drawn from, above 0
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     "Blend each image and its target with those of another of the batch, all by one share."
@@ -236,7 +236,7 @@ def mixup(
 
 def cutmix(
     images: "torch.Tensor",   # (batch, channels, height, width)
-    targets: "torch.Tensor",  # (batch, classes), shares that sum to 1
+    targets: "torch.Tensor",  # floating point: (batch, classes), shares of classes; or (batch,), numbers
     alpha: float = 1.0,       # of the beta distribution that the area is drawn from, above 0
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     "Lay one random rectangle of another image of the batch over each; targets are mixed by the area."

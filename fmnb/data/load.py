@@ -40,7 +40,7 @@ class Batches:
         raise NotImplementedError
 
     def fetch(self, rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        "Contents, then columns where there are any, then targets (batch,), int64."
+        "Contents, then columns where there are any, then targets: int64 (batch,), float32 (batch, classes) or float32 (batch,)."
         chosen = self.positions[rows]
         return (self.contents(chosen), *self._columns(chosen), torch.from_numpy(self.prepared.targets[chosen]))
 
@@ -225,8 +225,9 @@ def make_loader(
         source.positions = positions[np.argsort(source.lengths, kind="stable")]
     if balanced and training:
         targets = prepared.targets[positions]
-        if not prepared.classes:
-            raise ConfigError("The data have no labels, so no class can be drawn as often as another; leave balanced off.")
+        if prepared.problem_type != "single_label":
+            what = {"": "no labels", "multi_label": "several labels an item", "regression": "numbers as labels"}[prepared.problem_type]
+            raise ConfigError(f"The data have {what}, so no class can be drawn as often as another; leave balanced off.")
         source.weights = 1 / np.bincount(targets)[targets]
     device = torch.device(device or "cpu")
     transform = batch_transform(prepared, choose_augmentations(prepared, augment) if training else (), device)

@@ -24,6 +24,7 @@ from ..core import DataError, RunError, cache_dir, did_you_mean, read_json, stab
 from .columns import apply_columns, column_sizes, fit_columns
 from .image import FITS, image_column
 from .media import modality_of
+from .problem import PROBLEM_TYPES, find_problem_type, make_targets
 from .sound import spectrogram_column
 from .source import fingerprint_items, save_items
 from .text import token_column
@@ -34,7 +35,8 @@ class Prepared:
     "A complete Prepared folder. Arrays are views of a memory-mapped file: they cost memory only where they are read."
     folder: Path                    # where it lies
     modality: str                   # 'image', 'audio' or 'text'
-    classes: list[str]              # class names; a target is an index into them; empty without labels
+    problem_type: str               # 'single_label', 'multi_label' or 'regression'; empty without labels
+    classes: list[str]              # class names; a target is an index into them, or has a column for each; empty for numbers and without labels
     input_spec: dict[str, Any]      # what a model must accept: modality and sizes
     preprocessing: dict[str, Any]   # what new data must go through; a tokenizer stands beside it
     counts: dict[str, int]          # items in each split
@@ -53,8 +55,10 @@ class Prepared:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        "Class numbers of all items, int64."
-        return self.table["target"].to_numpy().astype(np.int64)
+        "Of all items: class numbers, int64 (items,); zeros and ones, float32 (items, classes); or numbers, float32 (items,)."
+        if self.problem_type == "multi_label":
+            return self.table["target"].chunk(0).values.to_numpy().reshape(-1, len(self.classes)).astype(np.float32)
+        return self.table["target"].to_numpy().astype(np.float32 if self.problem_type == "regression" else np.int64)
 
     def positions(self, split: str) -> np.ndarray:
         "Positions of the items of one split, in the table's order."
@@ -64,8 +68,11 @@ class Prepared:
 def open_prepared(
     folder: str | Path,  # a Prepared folder
 ) -> Prepared:
-    "Open a Prepared folder. Raises `RunError` where it is not complete."
-    return Prepared(Path(folder), **read_json(Path(folder) / "manifest.json"))
+    "Open a Prepared folder. Raises `RunError` where it is not complete, or was written by an older fmnb."
+    manifest = read_json(Path(folder) / "manifest.json")
+    if {"folder", *manifest} != set(Prepared.__dataclass_fields__):
+        raise RunError(f"{folder} was prepared by another version of fmnb; prepare the data again, into another folder.")
+    return Prepared(Path(folder), **manifest)
 
 # %% ../../nbs/13_data.prepare.ipynb #68a60436
 def _fixed_size_view(prepared: Prepared, name: str, kind: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -124,14 +131,16 @@ class Preprocessing:
     sample_rate: int = field(default=0, metadata=dict(modality="audio"))      # samples a second; 0 = the most frequent, at most 16,000
     max_seconds: float = field(default=0.0, metadata=dict(modality="audio"))  # length of all recordings; 0 = covers 95 %, at most 10
     columns: tuple[str, ...] = field(default=(), metadata=dict(modality=""))  # further columns of the table that the model shall see
+    problem_type: str = field(default="", metadata=dict(modality=""))         # single_label, multi_label or regression; empty = seen in the labels
 
     def __post_init__(self):
         limits = dict(image_size=(0, 4096), vocab_size=(300, 1_000_000), max_length=(1, 100_000), sample_rate=(0, 192_000), max_seconds=(0, 3600))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise DataError(f"{name} must be from {low:,} to {high:,}, not {getattr(self, name)!r}.")
-        if self.image_fit not in FITS:
-            raise DataError(f"image_fit cannot be {self.image_fit!r}. {did_you_mean(self.image_fit, FITS)}")
+        for name, known in dict(image_fit=FITS, problem_type=("", *PROBLEM_TYPES)).items():
+            if (value := getattr(self, name)) not in known:
+                raise DataError(f"{name} cannot be {value!r}. {did_you_mean(value, filter(None, known))}")
 
     def of(self, modality: str) -> dict[str, Any]:
         "The settings that concern data of one modality."
@@ -198,10 +207,10 @@ def prepare(
     "Make the Prepared folder of `items`, or open it where it was made before. Raises `DataError` for data that cannot be read, or that `like` cannot take."
     if not (items["split"] == "train").any():
         raise DataError(f"None of the {len(items):,} items is to train on, so nothing can be learnt from them; add training items, or look at what was taken out.")
-    chosen = settings.of(modality_of(items)) | {"like": _likeness(items, like)}
+    chosen = settings.of(modality_of(items)) | {"like": _likeness(items, like), "problem_type": find_problem_type(items, settings.problem_type)}
     if like:
         _check_follows(settings, like)
-    fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 4")
+    fingerprint = stable_hash(fingerprint_items(items), chosen, _tokenizer_mark(chosen), "prepared 5")
     cached, folder = not folder, Path(folder or cache_dir() / "prepared" / fingerprint)
     if (folder / "manifest.json").exists():
         prepared = open_prepared(folder)
@@ -233,9 +242,9 @@ def _write_prepared(partial: Path, items: pd.DataFrame, settings: Mapping[str, A
     modality, raw, unsorted = modality_of(items), partial / "contents.raw", items
     order = np.argsort(items["item_id"].astype(str).to_numpy(), kind="stable")
     items = items.drop(columns="text", errors="ignore").iloc[order]  # texts may be larger than memory: they are read in this order
-    classes = sorted(items.loc[items["split"] == "train", "label"].dropna().astype(str).unique())
+    targets, classes = make_targets(items, settings["problem_type"])
     columns = {name: pa.array(items[name].astype(str)) for name in ("item_id", "split")}
-    columns["target"] = pa.array(_targets(items, classes))
+    columns |= _fixed_size_lists({"target": targets.astype(np.uint8)}) if targets.ndim == 2 else {"target": pa.array(targets)}
     if modality == "text":
         columns["text"], spec, preprocessing, tokenizer = token_column(unsorted, order, raw, settings, like)
         tokenizer.save(str(partial / "tokenizer.json"))
@@ -243,19 +252,22 @@ def _write_prepared(partial: Path, items: pd.DataFrame, settings: Mapping[str, A
         columns[modality], spec, preprocessing = {"image": image_column, "audio": spectrogram_column}[modality](items, raw, settings, like)
     if fitted := like["preprocessing"].get("columns") if like else settings["columns"] and fit_columns(items[items["split"] == "train"], settings["columns"]):
         preprocessing["columns"], spec["columns"] = fitted, column_sizes(fitted)
-        columns |= _fixed_size_lists(*apply_columns(items, fitted))
+        columns |= _fixed_size_lists(dict(zip(("numbers", "categories"), apply_columns(items, fitted))))
+    preprocessing.pop("target", None)  # that of a model to follow
+    if settings["problem_type"] == "regression":
+        known = targets[(items["split"] == "train").to_numpy()].astype(float)
+        preprocessing["target"] = dict(mean=float(known.mean()), std=float(known.std()))
     table = pa.table(columns)
     with pa.OSFile(str(partial / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     raw.unlink()
     counts = {split: int(count) for split, count in items["split"].value_counts().sort_index().items()}
-    write_json(partial / "manifest.json", dict(modality=modality, classes=classes, input_spec=spec,
+    write_json(partial / "manifest.json", dict(modality=modality, problem_type=settings["problem_type"], classes=classes, input_spec=spec,
         preprocessing=preprocessing, counts=counts, fingerprint=fingerprint, settings=settings))
 
 
-def _fixed_size_lists(numbers: np.ndarray, categories: np.ndarray) -> dict[str, pa.Array]:
-    "Two arrays (items, width) as Arrow columns; none for an array without width."
-    arrays = {"numbers": numbers, "categories": categories}
+def _fixed_size_lists(arrays: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
+    "Arrays (items, width) as Arrow columns, by name; none for an array without width."
     return {name: pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1]) for name, array in arrays.items() if array.shape[1]}
 
 # %% ../../nbs/13_data.prepare.ipynb #2cfdc68e
@@ -274,7 +286,7 @@ def _check_follows(settings: Preprocessing, like: Mapping[str, Any]) -> None:
     "Raise `DataError` where a setting was chosen that the model to start from contradicts."
     spec, made = like["input_spec"], like["preprocessing"]
     follows = dict(image_size=spec.get("height"), max_length=made.get("max_length"), sample_rate=made.get("sample_rate"),
-                   image_fit=made.get("fit", "crop"), columns=tuple(made.get("columns", {}).get("kinds", ())))
+                   image_fit=made.get("fit", settings.image_fit), columns=tuple(made.get("columns", {}).get("kinds", ())))
     for name in settings.of(spec["modality"]):
         if name in follows and getattr(settings, name) not in (getattr(Preprocessing(), name), follows[name]):
             raise DataError(f"{name} is {getattr(settings, name)!r}, and the model to start from was made with {follows[name]!r}; leave {name} out, or start from another model.")
@@ -285,16 +297,6 @@ def _tokenizer_mark(settings: Mapping[str, Any]) -> str:
     path = Path(settings.get("tokenizer", ""))
     file = path / "tokenizer.json" if path.is_dir() else path
     return stable_hash(file.read_bytes()) if file.is_file() else ""
-
-
-def _targets(items: pd.DataFrame, classes: list[str]) -> np.ndarray:
-    "Class numbers, int64, -1 without labels. Raises `DataError` for a label that is missing or that the training split lacks."
-    numbers = pd.Index(classes).get_indexer(items["label"].astype(str))
-    if classes and (numbers < 0).any():
-        row = items[numbers < 0].iloc[0]
-        what = "no label" if pd.isna(row["label"]) else f"the label {row['label']!r}, which no training item has"
-        raise DataError(f"Item {row['item_id']} has {what}; add training items of its kind or take it out.")
-    return numbers.astype(np.int64)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -24,6 +24,7 @@ from ..core import DataError, atomic_path, cache_dir, did_you_mean, stable_hash
 from .duplicates import find_duplicates, find_overlap, join_groups
 from .facts import Facts, measure_facts
 from .labels import edge_features, fold_of, guessability, kernel_probabilities, label_quality, text_probabilities
+from .problem import find_problem_type, item_labels, split_labels
 from .source import fingerprint_items
 
 # %% ../../nbs/11_data.quality.ipynb #ee6f38d8
@@ -44,9 +45,10 @@ class Finding(NamedTuple):
 @dataclass(frozen=True)
 class Survey:
     "What the checks look at. Copies are sought once, when the first check asks for them."
-    items: pd.DataFrame  # an items table
-    facts: Facts         # of these items
-    near: bool = True    # look for near copies?
+    items: pd.DataFrame     # an items table
+    facts: Facts            # of these items
+    near: bool = True       # look for near copies?
+    problem_type: str = ""  # from `find_problem_type`
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -66,10 +68,14 @@ class Survey:
     @cached_property
     def labels(self) -> pd.Series:
         "Labels as text; missing ones, also blank ones, are NaN. All are NaN where there is no `label` column."
-        if "label" not in self.items:
-            return pd.Series(np.nan, index=range(len(self.items)), dtype=object)
-        labels = self.items["label"].reset_index(drop=True).astype(object)
+        labels = item_labels(self.items).reset_index(drop=True).astype(object)
         return labels.mask(labels.isna() | (labels.astype(str).str.strip() == "")).map(str, na_action="ignore")
+
+    @cached_property
+    def classes(self) -> pd.Series:
+        "Class names, with the item's position as index: one row an item, several where it has several labels; none where labels are numbers."
+        labels = self.labels.dropna() if self.problem_type != "regression" else self.labels.head(0)
+        return labels.map(split_labels).explode().dropna() if self.problem_type == "multi_label" else labels
 
     @cached_property
     def judged(self) -> np.ndarray:
@@ -125,6 +131,9 @@ def find_missing(survey: Survey) -> list[Finding]:
     gaps = {content: (survey.facts.table["error"] == "missing").to_numpy()}
     if "label" in survey.items:
         gaps["label"] = survey.labels.isna().to_numpy()
+    if survey.problem_type == "regression":
+        numbers = pd.to_numeric(survey.labels, errors="coerce").to_numpy(dtype=float)
+        gaps["a finite number as label"] = ~gaps["label"] & ~np.isfinite(numbers)
     found = [Finding(survey.ids[gap].tolist(), f"{_share(gap.sum(), whole)} without {name}: {_named(survey.ids[gap])}.") for name, gap in gaps.items() if gap.any()]
     for name in survey.items.columns.difference(["item_id", content, "label"], sort=False):
         if (gap := survey.items[name].isna().to_numpy()).any():
@@ -185,7 +194,9 @@ def _split_groups(survey: Survey, copies: set[int]) -> list[Finding]:
 
 # %% ../../nbs/11_data.quality.ipynb #14630d35
 def find_conflicts(survey: Survey) -> list[Finding]:
-    "Copies with different labels."
+    "Copies with different labels; numbers may differ."
+    if survey.problem_type == "regression":
+        return []
     labels, found = survey.labels.to_numpy(dtype=object), []
     for rows in _clusters(survey, survey.pairs[survey.pairs["kind"] == "exact"]):
         if len(given := sorted({label for label in labels[rows] if isinstance(label, str)})) > 1:
@@ -201,7 +212,7 @@ def find_conflicts(survey: Survey) -> list[Finding]:
 # %% ../../nbs/11_data.quality.ipynb #d6176abd
 def find_imbalance(survey: Survey) -> list[Finding]:
     "A class ten times as frequent as another."
-    counts = survey.labels.value_counts()
+    counts = survey.classes.value_counts()
     if len(counts) < 2 or counts.iloc[0] < 10 * counts.iloc[-1]:
         return []
     return [Finding([], f"Class {counts.index[0]} has {counts.iloc[0]:,} items, {counts.iloc[0] / counts.iloc[-1]:.0f} times as many as {counts.index[-1]} ({counts.iloc[-1]:,}).")]
@@ -210,7 +221,7 @@ def find_imbalance(survey: Survey) -> list[Finding]:
 def find_small_classes(survey: Survey) -> list[Finding]:
     "Classes of fewer than ten items, or with fewer than three groups to split."
     found = []
-    for label, counted in survey.labels.dropna().groupby(survey.labels).groups.items():
+    for label, counted in survey.classes.groupby(survey.classes).groups.items():
         ids, groups = survey.ids[counted].tolist(), survey.groups.iloc[counted].nunique() if len(counted) < 1000 or "group" in survey.items else 3
         if groups < 3:
             found.append(Finding(ids, f"Class {label} has {_counted(len(ids), 'item', 'items')} in {_counted(groups, 'group', 'groups')}, too few for three splits.", "error"))
@@ -225,6 +236,8 @@ LEAST_SKILL = 0.7     # share of the way from the most frequent class to perfect
 
 def find_label_errors(survey: Survey) -> list[Finding]:
     "Labels that held-out predictions contradict."
+    if survey.problem_type != "single_label":
+        return []
     counts = survey.labels.iloc[survey.judged].value_counts()
     rows = survey.judged[survey.labels.iloc[survey.judged].isin(counts.index[counts >= 5]).to_numpy()]
     if len(rows) < 50 or (counts >= 5).sum() < 2:
@@ -294,7 +307,7 @@ _BESIDES = {"image": {"file size": ["bytes"], "dimensions": ["width", "height", 
 
 def find_shortcuts(survey: Survey) -> list[Finding]:
     "Labels that can be guessed from file size, dimensions, duration, length or source folder."
-    rows = survey.judged
+    rows = survey.judged if survey.problem_type == "single_label" else survey.judged[:0]
     classes, labels = np.unique(survey.labels.iloc[rows].to_numpy(dtype=object), return_inverse=True)
     if len(rows) < 40 or not 2 <= len(classes) <= len(rows) // 10:
         return []
@@ -353,6 +366,7 @@ def check(
     kinds: Iterable[str] | None = None,  # names in CHECKS; None = all
     facts: Facts | None = None,          # of the same items, where they were measured already
     near: bool = True,                   # look for near copies, which compares every item with every other?
+    problem_type: str = "",              # single_label, multi_label or regression; empty = seen in the labels
 ) -> pd.DataFrame:                       # one row a finding: `kind`, `severity`, `item_ids`, `evidence`, `repair`, `suggestion`
     "Look for everything that is wrong with the items. Kept in the cache for unchanged items and checks."
     kinds = tuple(CHECKS) if kinds is None else tuple(kinds)
@@ -360,12 +374,13 @@ def check(
         raise DataError(f"There is no check {unknown[0]!r}. {did_you_mean(unknown[0], CHECKS)}")
     if len(twice := items["item_id"][items["item_id"].duplicated()]):
         raise DataError(f"item_id {twice.iloc[0]!r} occurs more than once; ids must be unique.")
-    path = _cache_path(items, [*kinds, near])
+    problem_type = find_problem_type(items, problem_type)
+    path = _cache_path(items, [*kinds, near, problem_type])
     if (kept := _kept(path)) is not None:
         return _listed(kept)
     facts = facts or measure_facts(items)
     _keep(facts.table, _cache_path(items, "facts"))
-    survey = Survey(items, facts, near=near)
+    survey = Survey(items, facts, near, problem_type)
     rows = [(kind, found.severity or CHECKS[kind].severity, found.item_ids, found.evidence, found.repair or CHECKS[kind].repair, found.suggestion)
             for kind in kinds for found in CHECKS[kind].find(survey)]
     findings = pd.DataFrame(rows, columns=list(COLUMNS))

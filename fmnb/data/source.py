@@ -70,7 +70,7 @@ def _media_rows(index: MediaIndex, root: Path, table: str, said: list[str]) -> t
     columns = find_columns(list(rows), str(root / table), column, said[1])
     columns = {"path": column} | {role: name for role, name in columns.items() if role not in (*MODALITIES, "path") and name != column}
     others = [name for name in rows if name not in columns.values()]
-    if "label" not in columns and len(others) == 1 and rows[others[0]].nunique() < len(rows):
+    if "label" not in columns and len(others) == 1 and rows[others[0]].astype(str).nunique() < len(rows):
         columns["label"] = others[0]
     rows[column] = pd.Series(found[column], dtype="str")
     return rows[rows[column] != ""].reset_index(drop=True), columns
@@ -251,6 +251,8 @@ def _hub_frame(dataset: "datasets.Dataset") -> pd.DataFrame:
         if isinstance(feature, ClassLabel):
             names = np.array([*feature.names, None], dtype=object)
             rows[name] = pd.Series(names[rows[name].fillna(-1).astype(int).to_numpy()], dtype="str")
+        elif isinstance(getattr(feature, "feature", None), ClassLabel):  # several labels an item
+            rows[name] = [None if numbers is None else [feature.feature.names[number] for number in numbers] for numbers in rows[name]]
     return rows
 
 # %% ../../nbs/10_data.source.ipynb #950f3375

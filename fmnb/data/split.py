@@ -5,35 +5,33 @@
 # %% auto #0
 __all__ = ['SPLITS', 'split_items', 'assign_folds', 'split_fold']
 
-# %% ../../nbs/12_data.split.ipynb #27343630
+# %% ../../nbs/12_data.split.ipynb #0fcbf339
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, unit_hash
+from .problem import find_problem_type, item_labels, split_labels
 
-# %% ../../nbs/12_data.split.ipynb #40d6fbb1
+# %% ../../nbs/12_data.split.ipynb #23a64d9e
 SPLITS = ("train", "valid", "test")
 
 
-def _take_groups(
-    sizes: pd.Series,  # items in each group, in the order of preference
-    wanted: float,     # items to take
-) -> list[str]:        # names of the groups taken
-    "Take groups in order until `wanted` items are reached; pass over one that would overshoot by over half its size."
-    taken, missing = [], wanted
-    for name, size in sizes.items():
-        if missing >= size / 2:
-            taken.append(name)
-            missing -= size
-        if missing < 0.5:
-            break
-    return taken
+def _strata(items: pd.DataFrame, problem_type: str) -> pd.Series:
+    "What each item's split is stratified by: its label, the range its number lies in, or nothing."
+    labels = item_labels(items).astype(object)
+    if problem_type == "single_label":
+        return labels.where(labels.notna(), "")
+    if problem_type != "regression" or len(items) < 40:
+        return pd.Series("", index=items.index, dtype=object)
+    numbers = pd.to_numeric(labels, errors="coerce").replace([np.inf, -np.inf], np.nan)
+    return pd.qcut(numbers, min(10, len(items) // 20), duplicates="drop").astype(str)
 
 
-def _group_table(items: pd.DataFrame, seed: int) -> pd.DataFrame:
-    "One row a group, in the order of its number in [0, 1): `label` (its most frequent one), `size`, `number`."
-    labels = items["label"].astype(object).where(items["label"].notna(), "") if "label" in items else pd.Series("", index=items.index)
-    counts = pd.DataFrame({"group": _group_names(items), "label": labels.to_numpy()}).value_counts(sort=False).reset_index()
+def _group_table(items: pd.DataFrame, strata: pd.Series, seed: int) -> pd.DataFrame:
+    "One row a group, in the order of its number in [0, 1): `label` (its most frequent stratum), `size`, `number`."
+    counts = pd.DataFrame({"group": _group_names(items), "label": strata.to_numpy()}).value_counts(sort=False).reset_index()
     counts = counts.sort_values(["count", "label"], ascending=[False, True], kind="stable")
     table = counts.groupby("group").agg(label=("label", "first"), size=("count", "sum"))
     table["number"] = [unit_hash(name, seed) for name in table.index]
@@ -52,6 +50,7 @@ def split_items(
     valid_frac: float = 0.1,  # share of each label for validation, in (0, 1)
     seed: int = 0,            # another seed, another split; independent of the seed of a run
     by: str = "hash",         # 'hash', or 'time': the latest items are the test split, those before them validation
+    problem_type: str = "",   # single_label, multi_label or regression; empty = seen in the labels
 ) -> pd.DataFrame:            # `items` with a `split` column: 'train', 'valid' or 'test'
     "Assign every item to a split, stratified by label and whole groups at a time. Splits already given are kept, and a corpus that brings validation texts needs no test."
     _check(items, test_frac, valid_frac, by)
@@ -60,29 +59,53 @@ def split_items(
     if "label" not in items and "valid" not in shares:  # pretraining is judged by the validation texts
         shares = {}
     free = result == "train"
-    if shares and free.any():
-        result[free] = _split_by_time(items[free], shares) if by == "time" else _split_by_hash(items[free], shares, test_frac, seed)
+    if shares and free.any() and by == "time":
+        result[free] = _split_by_time(items[free], shares)
+    elif shares and free.any():
+        kind = find_problem_type(items, problem_type)
+        result[free] = _split_by_hash(items[free], shares, test_frac, seed, kind)
     return items.assign(split=result)
 
 # %% ../../nbs/12_data.split.ipynb #104b1669
-def _split_by_hash(items: pd.DataFrame, shares: dict[str, float], test_frac: float, seed: int) -> np.ndarray:
+def _split_by_hash(items: pd.DataFrame, shares: dict[str, float], test_frac: float, seed: int, problem_type: str) -> np.ndarray:
     "The split of each item, by its group's number, or by filling where that misses a label's share by over half."
-    table = _group_table(items, seed)
+    strata = _strata(items, problem_type)
     bounds = {"test": (0.0, test_frac), "valid": (test_frac, test_frac + shares.get("valid", 0))}
-    table["split"] = "train"
-    for split in shares:
-        table.loc[table["number"].between(*bounds[split], inclusive="left"), "split"] = split
-    for label, rows in table.groupby("label"):
-        got = rows.groupby("split")["size"].sum() / rows["size"].sum()
-        if any(not 0.5 * share <= got.get(split, 0) <= 1.5 * share for split, share in shares.items()):
-            table.loc[rows.index, "split"] = _fill(label, rows["size"], shares)
+
+    def assign(strata: pd.Series) -> pd.DataFrame:
+        table = _group_table(items, strata, seed).assign(split="train")
+        for split in shares:
+            table.loc[table["number"].between(*bounds[split], inclusive="left"), "split"] = split
+        for label, rows in table.groupby("label"):
+            if _misses(rows["size"], rows["split"], shares):
+                table.loc[rows.index, "split"] = _fill(label, rows["size"], shares)
+        return table
+    table = _by_strata(assign, strata, problem_type)
+    if problem_type == "multi_label":
+        _stratify_labels(table, _groups_of_labels(items, table.index), shares)
     return table["split"].loc[_group_names(items)].to_numpy()
 
 
+def _by_strata(assign: Callable[[pd.Series], pd.DataFrame], strata: pd.Series, problem_type: str) -> pd.DataFrame:
+    "What `assign` makes of the strata; of all items as one where ranges of numbers have too few groups."
+    try:
+        return assign(strata)
+    except DataError:
+        if problem_type != "regression":
+            raise
+        return assign(pd.Series("", index=strata.index))
+
+
+def _misses(sizes: pd.Series, splits: pd.Series, shares: dict[str, float]) -> bool:
+    "Has one of the splits less than half or more than one and a half of its share of these groups' items?"
+    got = sizes.groupby(splits).sum() / sizes.sum()
+    return any(not 0.5 * share <= got.get(split, 0) <= 1.5 * share for split, share in shares.items())
+
+# %% ../../nbs/12_data.split.ipynb #1030ba70
 def _fill(label: str, sizes: pd.Series, shares: dict[str, float]) -> pd.Series:
     "The split of each group of one label, filled in order. Raises `DataError` where there are too few groups, or too large ones."
     result, left = pd.Series("train", index=sizes.index), sizes
-    who = f"Label {label!r} has" if label else "The items without a label have"
+    who = f"Label {label!r} has" if label else "The items have"
     few = DataError(f"{who} {len(sizes)} group(s), too few to split; add items, merge it with another label or drop it.")
     if sizes.sum() <= len(shares):
         raise few
@@ -95,6 +118,48 @@ def _fill(label: str, sizes: pd.Series, shares: dict[str, float]) -> pd.Series:
     if left.empty:
         raise few
     return result
+
+
+def _take_groups(
+    sizes: pd.Series,  # items in each group, in the order of preference
+    wanted: float,     # items to take
+) -> list[str]:        # names of the groups taken
+    "Take groups in order until `wanted` items are reached; pass over one that would overshoot by over half its size."
+    taken, missing = [], wanted
+    for name, size in sizes.items():
+        if missing >= size / 2:
+            taken.append(name)
+            missing -= size
+        if missing < 0.5:
+            break
+    return taken
+
+# %% ../../nbs/12_data.split.ipynb #f8745b5a
+def _groups_of_labels(items: pd.DataFrame, groups: pd.Index) -> dict[str, pd.Series]:
+    "For each label, the rarest first, the items that each group has of it, in the order of `groups`; items without any label are those of ''."
+    pairs = pd.DataFrame({"label": item_labels(items).map(split_labels, na_action="ignore").to_numpy(), "group": groups.get_indexer(_group_names(items))}).explode("label")
+    sizes = pairs.fillna({"label": ""}).groupby(["label", "group"]).size()
+    order = sizes.groupby(level="label").sum().sort_values(kind="stable").index
+    return {label: sizes[label].rename(index=lambda position: groups[position]) for label in order}
+
+
+def _stratify_labels(table: pd.DataFrame, groups_of: dict[str, pd.Series], shares: dict[str, float]) -> None:
+    "Change the `split` of groups until each label has about its share of each split, and one group at least to train on."
+    claimed: set[str] = set()
+    for sizes in groups_of.values():
+        total, free = sizes.sum(), sizes[~sizes.index.isin(claimed)]
+        claimed.update(free.index)
+        if not _misses(sizes, table["split"], shares):
+            continue
+        table.loc[free.index, "split"] = "train"
+        for split, share in shares.items() if total > len(shares) else ():
+            already = sizes[(table["split"].loc[sizes.index] == split).to_numpy()].sum()
+            chosen = _take_groups(free, max(1, round(total * share)) - already)
+            table.loc[chosen, "split"] = split
+            free = free.drop(chosen)
+    for sizes in groups_of.values():
+        if (table["split"].loc[sizes.index] != "train").all():
+            table.loc[sizes.index[-1], "split"] = "train"
 
 # %% ../../nbs/12_data.split.ipynb #87576803
 def _split_by_time(items: pd.DataFrame, shares: dict[str, float]) -> np.ndarray:
@@ -127,23 +192,30 @@ def assign_folds(
     items: pd.DataFrame,  # as for `split_items`
     folds: int = 5,       # number of folds, at least 3
     seed: int = 0,        # another seed, other folds
+    problem_type: str = "",  # single_label, multi_label (not stratified) or regression; empty = seen in the labels
 ) -> np.ndarray:          # the fold of each item, 0 to `folds` - 1
     "Assign every item to a fold, stratified by label and whole groups at a time. Raises `DataError` for a label with too few groups."
     _check(items, 0.2, 0.1, "hash")
     if folds < 3:
         raise DataError(f"Cross-validation with a validation split needs at least 3 folds, not {folds}.")
-    table = _group_table(items, seed)
+    kind = find_problem_type(items, problem_type)
+    table = _by_strata(lambda strata: _fold_table(_group_table(items, strata, seed), folds), _strata(items, kind), kind)
+    return table["fold"].loc[_group_names(items)].to_numpy()
+
+
+def _fold_table(table: pd.DataFrame, folds: int) -> pd.DataFrame:
+    "The `fold` of each group, by its number, or by filling where that misses a label's share by over half."
     table["fold"] = (table["number"] * folds).astype(int)
     for label, rows in table.groupby("label"):
         if len(rows) < folds:
-            raise DataError(f"Label {label!r} has {len(rows)} group(s), fewer than {folds} folds; use fewer folds, add items or drop it.")
+            raise DataError(f"{f'Label {label!r} has' if label else 'The items have'} {len(rows)} group(s), fewer than {folds} folds; use fewer folds, add items or drop it.")
         share = rows.groupby("fold")["size"].sum() / rows["size"].sum() * folds
         if len(share) < folds or not share.between(0.5, 1.5).all():
             filled = np.zeros(folds)
             for name, size in rows["size"].items():
                 table.loc[name, "fold"] = smallest = int(filled.argmin())
                 filled[smallest] += size
-    return table["fold"].loc[_group_names(items)].to_numpy()
+    return table
 
 
 def split_fold(

@@ -145,6 +145,10 @@ def token_column(
     values = np.memmap(file, dtype=np.int32, mode="r", shape=(int(offsets[-1]),))
     column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)]))
     spec = dict(modality="text", vocab_size=tokenizer.get_vocab_size(), max_length=max_length)
+    if like and (asked := like["input_spec"].get("vocab_size", spec["vocab_size"])) < spec["vocab_size"]:
+        raise DataError(f"The tokenizer {like['tokenizer']} has {spec['vocab_size']:,} tokens and the model to start from {asked:,}; use the tokenizer that it was trained with.")
+    if like:  # a model may have room for more tokens, and for longer texts
+        spec |= {name: like["input_spec"][name] for name in ("vocab_size", "max_length") if name in like["input_spec"]}
     return column, spec, dict(max_length=max_length, mask_token=mask_token(tokenizer), end_token=end_token(tokenizer)), tokenizer
 
 # %% ../../nbs/08_data.text.ipynb #b2f3fab2

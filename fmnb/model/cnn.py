@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import TokenEmbedding, check_images, masked_max_mean, token_mask
+from .layers import Blocks, TokenEmbedding, check_images, masked_max_mean, token_mask
 
 # %% ../../nbs/20_model.cnn.ipynb #546f2f8d
 def spread(
@@ -98,10 +98,10 @@ def residual_stages(
         inputs, side = outputs, (side + 1) // 2
     return nn.ModuleList(stages)
 
-# %% ../../nbs/20_model.cnn.ipynb #fe5c1239
-class ImageCNN(nn.Module):
+# %% ../../nbs/20_model.cnn.ipynb #0eb7f6ab
+class ImageCNN(Blocks, nn.Module):
     "A small residual CNN for images of any size."
-    causal = False
+    causal, block_list = False, "stages"
 
     def __init__(
         self,
@@ -162,8 +162,8 @@ class ConvBlock(nn.Module):
         inputs = self.norm(states).masked_fill(~mask.unsqueeze(-1), 0)
         return states + self.dropout(F.gelu(self.conv(inputs.transpose(1, 2)).transpose(1, 2)))
 
-# %% ../../nbs/20_model.cnn.ipynb #17d8201c
-class TextCNN(nn.Module):
+# %% ../../nbs/20_model.cnn.ipynb #cc468a8d
+class TextCNN(Blocks, nn.Module):
     "Embedding, residual convolutions over the tokens, maximum and mean."
     causal = False
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import TokenEmbedding, check_images, masked_max_mean, token_mask
+from .layers import Blocks, TokenEmbedding, check_images, masked_max_mean, token_mask
 
 # %% ../../nbs/22_model.transformer.ipynb #44c7b193
 def turns(
@@ -177,8 +177,8 @@ def image_stem(
     patch = patch or next(side for side in range(1, height * width + 1) if -(-height // side) * -(-width // side) <= 64)
     return PatchStem(channels, (-(-height // patch), -(-width // patch)), patch, outputs)
 
-# %% ../../nbs/22_model.transformer.ipynb #b1bffc47
-class ImageTransformer(nn.Module):
+# %% ../../nbs/22_model.transformer.ipynb #df6ff7f1
+class ImageTransformer(Blocks, nn.Module):
     "A small Transformer encoder on the tokens of a convolutional stem or on patches, averaged."
     causal = False
 
@@ -223,8 +223,8 @@ class ImageTransformer(nn.Module):
         "Stem, each block, last norm."
         return [[self.stem], *([block] for block in self.blocks), [self.norm]]
 
-# %% ../../nbs/22_model.transformer.ipynb #b3b56fcf
-class TextTransformer(nn.Module):
+# %% ../../nbs/22_model.transformer.ipynb #bdc95906
+class TextTransformer(Blocks, nn.Module):
     "Embedding, Transformer with rotary positions, maximum and mean."
 
     def __init__(
@@ -264,8 +264,8 @@ class TextTransformer(nn.Module):
         "Embedding, each block, last norm."
         return [[self.embedding], *([block] for block in self.blocks), [self.norm]]
 
-# %% ../../nbs/22_model.transformer.ipynb #d3a47650
-class FrameTransformer(nn.Module):
+# %% ../../nbs/22_model.transformer.ipynb #00daf997
+class FrameTransformer(Blocks, nn.Module):
     "A Transformer over the frames of a spectrogram, a frame a token; maximum and mean."
     stride = 1
 

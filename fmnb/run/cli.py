@@ -74,6 +74,6 @@ def main(
         print(f"fmnb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fmnb: stopped", file=sys.stderr)
+        print(f"fmnb: interrupted{'; the same command goes on from there' * (parsed.call is _run)}", file=sys.stderr)
         return 130
     return 0

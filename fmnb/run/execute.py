@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['report_paths', 'find_report', 'read_parameters', 'write_html', 'run']
 
-# %% ../../nbs/41_run.execute.ipynb #8cdd18dd
+# %% ../../nbs/41_run.execute.ipynb #2693811f
 import ast
 import logging
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..config import PARAMETER_NAMES, Config, coerce, make_config
-from ..core import ConfigError, RunError, atomic_path, did_you_mean, stable_hash
-from .record import Run, RunWriter, claim_folder, run_folder
+from ..core import ConfigError, RunError, atomic_path, did_you_mean, read_json, stable_hash
+from .record import Run, RunWriter, claim_folder, run_folder, run_request
 
 # %% ../../nbs/41_run.execute.ipynb #187e285d
 def report_paths() -> dict[str, Path]:
@@ -99,8 +101,9 @@ def run(
     out: str | Path = "",                         # run folder; empty = runs/ and a name made of the parameters
     overwrite: bool = False,                      # replace the run folder if it exists?
     progress: bool = True,                        # show papermill's progress bar?
+    reuse: bool = False,                          # take a finished run of the same parameters as it is?
 ) -> Run:                                         # the finished run
-    "Execute a report into a Run folder. Raises `ConfigError` before it starts, `RunError` where it fails half-way."
+    "Execute a report into a Run folder, or go on where it was interrupted. Raises `ConfigError` before it starts, `RunError` where it fails half-way."
     path, parameters = find_report(report), dict(parameters or {})
     name = re.sub(r"^\d+_", "", path.stem)
     declared = read_parameters(path)
@@ -108,16 +111,21 @@ def run(
     folder = run_folder(config, name + (f"-{stable_hash(own, length=4)}" if own else ""))
     values = own | {key: getattr(config, key) for key in parameters if key not in own} | {"out": str(folder), "overwrite": config.overwrite}
     values = {key: value for key, value in values.items() if key in declared}
-    started = claim_folder(folder, config.overwrite, (str(path), config.data, config.start_from, config.evaluate_on))
+    request = run_request(config, name, own)
+    if reuse and _is_finished(folder, request):
+        return Run(folder)
+    started = claim_folder(folder, config.overwrite, (str(path), config.data, config.start_from, config.evaluate_on), request)
     try:
-        _execute(path, started, values, progress)
-        write_html(started.folder / "report.ipynb", started.folder / "report.html")
+        with _interrupt_on_sigterm():
+            _execute(path, started, values, progress)
+            write_html(started.folder / "report.ipynb", started.folder / "report.html")
     except BaseException as error:
-        started.write_status("failed", error=_reason(error))
+        interrupted = not isinstance(error, Exception) or _reason(error).startswith("KeyboardInterrupt")
+        started.write_status("interrupted" if interrupted else "failed", error=_reason(error))
         if not isinstance(error, Exception):
             raise
-        raise RunError(f"Report {name} failed: {_reason(error)} (what was executed stands in {started.folder / 'report.ipynb'})") from error
-    started.write_status("finished")
+        raise RunError(f"Report {name} {'was interrupted' if interrupted else 'failed'}: {_reason(error)} (what was executed stands in {started.folder / 'report.ipynb'})") from error
+    started.finish()
     return Run(started.folder)
 
 # %% ../../nbs/41_run.execute.ipynb #8b190700
@@ -132,6 +140,25 @@ def _check_parameters(declared: Mapping[str, Any], given: Mapping[str, Any]) -> 
     values = {**declared, **given}
     config = make_config({name: value for name, value in values.items() if name in PARAMETER_NAMES})
     return config, {name: coerce(name, value, type(declared[name])) for name, value in given.items() if name not in PARAMETER_NAMES}
+
+# %% ../../nbs/41_run.execute.ipynb #78c9ef17
+def _is_finished(folder: Path, request: str) -> bool:
+    "Does the folder hold a finished run of this request?"
+    status = read_json(folder / "status.json") if (folder / "status.json").exists() else {}
+    return (status.get("status"), status.get("request")) == ("finished", request)
+
+
+@contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    "Let SIGTERM, with which schedulers announce the end, do the same as Ctrl-C."
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _execute(path: Path, started: RunWriter, values: Mapping[str, Any], progress: bool) -> None:

@@ -15,8 +15,8 @@ from fastai.callback.core import Callback, CancelBackwardException, CancelStepEx
 from fastai.data.core import DataLoaders
 from torch import nn
 
-from ..core import RunError
-from .loop import LongLearner, TrainingState
+from ..core import DataError, RunError
+from .loop import DivergenceError, LongLearner, TrainingState
 
 # %% ../../nbs/30_train.step.ipynb #1928f220
 def is_memory_error(
@@ -163,7 +163,7 @@ def _halve(learn: StepLearner, size: int) -> None:
 
 # %% ../../nbs/30_train.step.ipynb #17d43007
 def _usable(learn: StepLearner) -> bool:
-    "Clip the gradient; say whether it and the loss are numbers. Raises `RunError` when they have not been for `patience` steps."
+    "Clip the gradient; say whether it and the loss are numbers. Raises `DivergenceError` when they have not been for `patience` steps."
     if learn.scaler:
         learn.scaler.unscale_(learn.opt.opt)
     slopes = _gradients(learn)
@@ -188,9 +188,12 @@ def _leave_out(learn: StepLearner) -> None:
     state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
     ids = loader.item_ids(loader.step) if hasattr(loader, "item_ids") else []
     items = f", with the items {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}" if ids else ""
+    if state.in_a_row >= learn.patience and not all(tensor.isfinite().all() for tensor in learn.xb):
+        raise DataError(f"The inputs of {state.in_a_row} steps in a row hold values that are no numbers{items}; look at the items, and prepare them again.")
     if state.in_a_row >= learn.patience:
         rate = max(group["lr"] for group in learn.opt.opt.param_groups)
-        raise RunError(f"The loss or its gradient was no number in {state.in_a_row} steps in a row, the last in epoch {learn.epoch + 1}, "
-                       f"step {learn.iter + 1}{items}; set a learning_rate below {rate:.1e}{', or look at these items' if ids else ''}.")
+        raise DivergenceError(
+            f"The loss or its gradient was no number in {state.in_a_row} steps in a row, the last in epoch {len(state.rounds) + 1}, "
+            f"step {learn.iter + 1}{items}; set a learning_rate below {rate:.1e}{', or look at these items' if ids else ''}.")
     state.first_skipped = state.first_skipped or f"step {state.step + 1}{items}"
     state.notes["skipped"] = f"Steps left out because the loss or the gradient was no number: {state.skipped}, the first {state.first_skipped}."
