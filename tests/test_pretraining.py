@@ -52,7 +52,7 @@ def test_partly_labelled_texts_are_all_read(tmp_path):
 
 @pytest.mark.parametrize("parameters, message", [
     ({"objective": "causal_ml"}, "causal_lm"), ({"objective": "masked_lm, maskng=span"}, "masking"), ({"objective": "contrastive"}, "is for image and audio data"),
-    ({"backbone": "depht=3"}, "'depht'"), ({"objective": "causal_lm"}, "needs a causal backbone")])
+    ({"backbone": "depht=3"}, "'depht=3' is no setting of backbone"), ({"objective": "causal_lm"}, "needs a causal backbone")])
 def test_what_does_not_go_together_is_said(parameters, message, tmp_path):
     sentences(60).to_csv(tmp_path / "few.csv", index=False)
     with pytest.raises(RunError, match=message):

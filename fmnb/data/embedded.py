@@ -94,8 +94,8 @@ def _library_passages(library: str, max_items: int, min_words: int = 12) -> list
 
 def _library_versions(libraries: tuple[str, ...]) -> list[str | None]:
     "Versions of the installed libraries; None for one that is not installed."
-    names = importlib.metadata.packages_distributions()
-    return [importlib.metadata.version(names[library][0]) if library in names else None for library in libraries]
+    projects = {"sklearn": "scikit-learn"}
+    return [importlib.metadata.version(projects.get(library, library)) if importlib.util.find_spec(library) else None for library in libraries]
 
 # %% ../../nbs/05_data.embedded.ipynb #37f0d1c0
 def load_docstrings_items(
