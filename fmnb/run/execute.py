@@ -123,6 +123,7 @@ def run(
         interrupted = not isinstance(error, Exception) or _reason(error).startswith("KeyboardInterrupt")
         started.write_status("interrupted" if interrupted else "failed", error=_reason(error))
         if not isinstance(error, Exception):
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else it reports the kernel's end after the last word
             raise
         raise RunError(f"Report {name} {'was interrupted' if interrupted else 'failed'}: {_reason(error)} (what was executed stands in {started.folder / 'report.ipynb'})") from error
     started.finish()
