@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import timm
+from fmnb.core import read_json
 from fmnb.data.load import make_dataloaders
 from fmnb.data.prepare import Preprocessing, open_prepared, prepare, prepared_images, prepared_tokens
 from fmnb.data.source import keep_frame, load_items, open_items
@@ -109,6 +111,13 @@ def test_sound_from_folder_to_predictions(tones, tmp_path, family):
     done = run("finetune", {"data": tones, "family": family, "epochs": 12}, out=tmp_path / "run", progress=False)
     assert done.metrics["test"]["accuracy"]["value"] >= 0.9
     assert set(done.predictions["target"]) == {"low", "middle", "high"}
+
+
+def test_sound_starts_from_an_image_model(tones, tmp_path):
+    """Spectrograms keep their size and normalisation, whatever the model took before."""
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path / "weights", safe_serialization=True)
+    done = run("finetune", {"data": tones, "start_from": str(tmp_path / "weights"), "epochs": 1, "learning_rate": 1e-3}, out=tmp_path / "run", progress=False)
+    assert read_json(done.folder / "model" / "model.json")["input_spec"]["modality"] == "audio" and done.metrics["n_trained"] == done.metrics["n_parameters"]
 
 
 def test_columns_beside_the_contents_decide(tmp_path):
