@@ -31,7 +31,7 @@ def _parameter(
     "A dataclass field that knows its limits."
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, many=many))
 
-# %% ../nbs/01_config.ipynb #1d178073
+# %% ../nbs/01_config.ipynb #8d985443
 @dataclass(frozen=True)
 class Config:
     "The resolved parameters of one run. Frozen: use `dataclasses.replace` for a changed copy."
@@ -59,6 +59,7 @@ class Config:
     test_frac: float = _parameter(0.2, "share of the items held out for the test, from 0.01 to 0.8", 0.01, 0.8)
     evaluate_on: str = _parameter("", "labelled data, as for `data`, against which contamination is checked and on which the gain is measured; empty = the labels of `data` where it has any")
     seed: int = _parameter(0, "seed of initial weights, batches and augmentation; the split does not depend on it", 0, 2**31 - 1)
+    runs: str = _parameter("", "run folders that were made before, separated by commas; empty = train first")
     out: str = _parameter("", "run folder; empty = runs/ and a name made of report, data, family and a hash")
     overwrite: bool = _parameter(False, "replace the run folder if it exists")
 

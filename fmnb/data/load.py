@@ -206,17 +206,17 @@ def batch_transform(
         transform = partial(_image_transform, mean=mean, std=std, names=names, n_classes=len(prepared.classes), functions=functions)
     return partial(_several_views, views=views, transform=transform) if views > 1 else transform
 
-# %% ../../nbs/14_data.load.ipynb #b5f5d08f
+# %% ../../nbs/14_data.load.ipynb #3590bea5
 def make_loader(
     prepared: Prepared,    # the data
     split: str,            # 'train', 'valid' or 'test'
     batch_size: int = 256,  # items a batch
     training: bool = False,  # shuffle, augment and drop the last, incomplete batch?
     device: torch.device | str | None = None,  # None = CPU
-    augment: str = "",     # in training: names, separated by commas; empty = chosen for the data; 'none'
+    augment: str = "",     # names, separated by commas; empty = in training those chosen for the data, else none; 'none'
     balanced: bool = False,  # in training: draw every class equally often?
 ) -> BatchLoader:
-    "A loader of one split. Without `training` items come in the order of `loader.dataset.positions`, augmentation off."
+    "A loader of one split. Without `training` items come in the order of `loader.dataset.positions`, and only named augmentations happen."
     positions = prepared.positions(split)
     if not len(positions):
         raise DataError(f"The prepared data have no {split} items; their splits are {prepared.counts}.")
@@ -230,7 +230,7 @@ def make_loader(
             raise ConfigError(f"The data have {what}, so no class can be drawn as often as another; leave balanced off.")
         source.weights = 1 / np.bincount(targets)[targets]
     device = torch.device(device or "cpu")
-    transform = batch_transform(prepared, choose_augmentations(prepared, augment) if training else (), device)
+    transform = batch_transform(prepared, choose_augmentations(prepared, augment) if training or augment else (), device)
     return BatchLoader(source, bs=min(batch_size, len(positions)), indexed=True, shuffle=training, drop_last=training, device=device, after_batch=transform)
 
 

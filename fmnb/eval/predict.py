@@ -52,18 +52,19 @@ def predictions_table(
     scores = pd.DataFrame(predicted if classes else np.empty((len(table), 0)), columns=[f"score_{name}" for name in classes])
     return pd.concat([table, scores], axis=1).sort_values("item_id", ignore_index=True)
 
-# %% ../../nbs/50_eval.predict.ipynb #ea264f13
+# %% ../../nbs/50_eval.predict.ipynb #f14fde4b
 @torch.inference_mode()
 def predict(
     model: nn.Module,  # its head says what its outputs mean
     loader: "BatchLoader",  # of one split, not shuffled
+    passes: int = 1,   # with a loader that augments: looks at each item, over which the predictions are averaged
 ) -> pd.DataFrame:     # the predictions table
     "Predict a split, whole batches at a time."
     model.eval()
     source, prepared = loader.dataset, loader.dataset.prepared
     split = str(prepared.table["split"][int(source.positions[0])])
-    outputs = torch.cat([model(*inputs).float().cpu() for *inputs, _ in loader])
-    predicted = model.head.predict(outputs.double()).numpy()
+    looks = (torch.cat([model(*inputs).float().cpu() for *inputs, _ in loader]) for _ in range(passes))
+    predicted = np.mean([model.head.predict(outputs.double()).numpy() for outputs in looks], axis=0)
     return predictions_table(prepared.item_ids[source.positions], split, prepared.targets[source.positions], predicted, prepared.classes, prepared.problem_type)
 
 # %% ../../nbs/50_eval.predict.ipynb #60aee00d

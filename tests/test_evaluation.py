@@ -1,0 +1,164 @@
+"""Metrics agree with scikit-learn on tables of every kind; intervals and tests keep their promises; bad input is named."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from fmnb.core import ConfigError, DataError, FmnbError
+from fmnb.eval.difference import check_same_items, paired_difference, ranking, seed_difference
+from fmnb.eval.metrics import class_table, findings, measure
+from fmnb.eval.predict import predictions_table
+from fmnb.run.execute import run
+from fmnb.run.record import open_run
+from sklearn import metrics as scikit
+
+
+def made(n_items: int, n_classes: int, seed: int, skill: float = 2.0, shares=None) -> pd.DataFrame:
+    """Predictions of a model with some skill; some scores are equal."""
+    rng = np.random.default_rng(seed)
+    targets = rng.choice(n_classes, n_items, p=shares)
+    logits = rng.normal(size=(n_items, n_classes)).round(1) + skill * np.eye(n_classes)[targets] * (rng.random((n_items, 1)) < 0.8)
+    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return predictions_table([f"i{i}" for i in range(n_items)], "test", targets, scores, [f"c{i}" for i in range(n_classes)])
+
+
+def relabelled(table: pd.DataFrame, target) -> pd.DataFrame:
+    return table.assign(target=target)
+
+
+TABLES = {
+    **{f"random {n}, {k} classes, seed {seed}": made(n, k, seed) for n, k in ((7, 2), (60, 3), (500, 10)) for seed in range(6)},
+    "one item": made(1, 3, 0), "one class": relabelled(made(50, 3, 1), "c1"), "rare class": made(300, 3, 2, shares=[0.9, 0.09, 0.01]),
+    "empty class": relabelled(made(80, 4, 3), made(80, 4, 3)["target"].replace("c3", "c0")),
+    "perfect": made(60, 3, 4, skill=50).pipe(lambda t: relabelled(t, t["prediction"])),
+    "all wrong": made(60, 3, 5).pipe(lambda t: relabelled(t, t["prediction"].map({"c0": "c1", "c1": "c2", "c2": "c0"}))),
+    "large": made(30_000, 10, 6)}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.filterwarnings("ignore")
+def test_metrics_agree_with_scikit_learn(name):
+    table = TABLES[name]
+    classes = [column.removeprefix("score_") for column in table if column.startswith("score_")]
+    scores, there = table.filter(like="score_").to_numpy(), table["target"].to_numpy()[:, None] == np.array(classes)
+    target, said = table["target"], table["prediction"]
+    found = {metric: values["value"] for metric, values in measure(table, resamples=20).items()}
+    used = [label for label in classes if label in {*target, *said}]
+    expected = {
+        "accuracy": scikit.accuracy_score(target, said), "matthews": scikit.matthews_corrcoef(target, said), "balanced_accuracy": scikit.balanced_accuracy_score(target, said),
+        "f1_weighted": scikit.f1_score(target, said, average="weighted", zero_division=0),
+        **{f"{key}_macro": score(target, said, labels=used, average="macro", zero_division=0) for key, score in
+           (("precision", scikit.precision_score), ("recall", scikit.recall_score), ("f1", scikit.f1_score))},
+        "log_loss": scikit.log_loss(target, scores, labels=classes),
+        "brier": scikit.brier_score_loss(target, scores, labels=classes, scale_by_half=False),
+    }
+    kept = [number for number in range(len(classes)) if 0 < there[:, number].sum() < len(table)]
+    if kept:
+        expected |= {"roc_auc": np.mean([scikit.roc_auc_score(there[:, number], scores[:, number]) for number in kept]),
+                     "average_precision": np.mean([scikit.average_precision_score(there[:, number], scores[:, number]) for number in kept])}
+    if len(classes) > 3:
+        expected["top_3_accuracy"] = scikit.top_k_accuracy_score(target, scores, k=3, labels=classes)
+    assert set(found) == set(expected)
+    for metric, value in expected.items():
+        assert found[metric] == pytest.approx(value, abs=1e-9), metric
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_intervals_hold_the_value(name):
+    for metric, found in measure(TABLES[name], resamples=300).items():
+        assert np.isfinite([found["low"], found["high"]]).all(), metric
+        assert found["low"] - 1e-9 <= found["value"] <= found["high"] + 1e-9 or name == "one item", metric
+    table = class_table(TABLES[name])
+    assert ((table["low"] <= table["F1-score"] + 1e-9) & (table["F1-score"] <= table["high"] + 1e-9)).all()
+    assert findings(TABLES[name])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_do_not_depend_on_order_or_names(seed):
+    """Rows in another order, classes under other names: the same values."""
+    table = made(120, 4, seed)
+    renamed = table.replace({f"c{i}": f"d{i}" for i in range(4)}).rename(columns={f"score_c{i}": f"score_d{i}" for i in range(4)})
+    for other in (table.sample(frac=1, random_state=seed), renamed):
+        for metric, found in measure(other, resamples=20).items():
+            assert found["value"] == pytest.approx(measure(table, resamples=20)[metric]["value"], abs=1e-9)
+
+
+def test_more_items_make_narrower_intervals():
+    width = {n: {metric: found["high"] - found["low"] for metric, found in measure(made(n, 4, 0)).items()} for n in (100, 10_000)}
+    for metric in width[100]:
+        assert 4 < width[100][metric] / width[10_000][metric] < 25, metric
+
+
+BROKEN = {
+    "no number": (lambda t: t.assign(score_c0=t["score_c0"].where(t.index != 2)), "has a score that is no number"),
+    "infinite": (lambda t: t.assign(score_c1=np.inf), "a score that is no number"),
+    "outside": (lambda t: t.assign(score_c0=t["score_c0"] + 1), "outside of"),
+    "no sum": (lambda t: t.assign(score_c0=t["score_c0"] / 3, score_c1=t["score_c1"] / 3), "do not sum to one"),
+    "no target": (lambda t: t.assign(target=None), "lack a target"), "no items": (lambda t: t.head(0), "no predictions to measure")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_tables_are_refused(name):
+    breaks, message = BROKEN[name]
+    with pytest.raises(DataError, match=message):
+        measure(breaks(made(40, 3, 0)))
+
+
+def test_different_items_are_refused():
+    first, second = made(40, 3, 0), made(40, 3, 1)
+    with pytest.raises(DataError, match="disagree on the target of item"):
+        paired_difference(first, second)
+    with pytest.raises(DataError, match=r"different items \(10 differ, for example i3"):
+        check_same_items({"a": first, "b": first.head(30)})
+    with pytest.raises(DataError, match="different items"):
+        seed_difference([first], [first.head(30)])
+
+
+def test_a_ranking_of_equal_models_has_one_place():
+    table = made(200, 3, 0)
+    places = ranking({"a": table, "b": table, "c": table})
+    assert places["rank"].tolist() == [1, 1, 1] and places["items needed"].iloc[0] == np.inf
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small finished run, and another seed's."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [run("finetune", {"epochs": 2, "seed": seed, "batch_size": 64, "learning_rate": 0.003}, folder / f"seed {seed}", progress=False) for seed in (0, 1)]
+
+
+def test_a_finished_run_is_evaluated_from_its_folder(finished, tmp_path):
+    done = run("evaluate", {"runs": str(finished[0].folder)}, tmp_path / "evaluated", progress=False)
+    assert done.metrics["test"] == json.loads(json.dumps(finished[0].metrics["test"]))
+    assert not (done.folder / "finetune").exists() and "without_leaks" in done.metrics
+    assert "373 of 373" in (done.folder / "report.html").read_text()
+
+
+def test_an_edited_run_folder_is_seen(finished, tmp_path):
+    table = finished[1].predictions
+    edited = table.assign(prediction=table["prediction"].where(table.index % 50 != 0, "7"))
+    edited.to_parquet(finished[1].folder / "predictions.parquet")
+    try:
+        done = run("evaluate", {"runs": str(finished[1].folder)}, tmp_path / "evaluated", progress=False)
+    finally:
+        table.to_parquet(finished[1].folder / "predictions.parquet")
+    assert "not what they were" in (done.folder / "report.html").read_text()
+
+
+def test_finished_runs_are_compared(finished, tmp_path):
+    done = run("compare", {"runs": ",".join(str(part.folder) for part in finished)}, tmp_path / "compared", progress=False)
+    assert set(done.metrics["models"]) == {"seed 0", "seed 1", "baseline"} and len(done.metrics["ranking"]) == 2
+    assert not [path for path in done.folder.iterdir() if path.is_dir()]
+
+
+def test_what_cannot_be_evaluated_is_named(finished, tmp_path):
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "status.json").write_text(json.dumps({"status": "failed", "error": "out of paper", "started": "2026-01-01", "process": 1}))
+    for value, message in ((str(tmp_path / "none"), "is not a run folder"), (str(tmp_path / "failed"), r"is failed \(out of paper\)"),
+                           (f"{finished[0].folder},{finished[1].folder}", "the report compare takes many")):
+        with pytest.raises(FmnbError, match=message):
+            run("evaluate", {"runs": value}, tmp_path / "evaluated", overwrite=True, progress=False)
+    with pytest.raises(ConfigError, match="Unknown parameter 'run'"):
+        run("evaluate", {"run": "x"}, tmp_path / "evaluated", progress=False)
+    with pytest.raises(FmnbError, match="is not a run folder"):
+        open_run(tmp_path)
