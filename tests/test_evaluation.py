@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from fmnb.core import ConfigError, DataError, FmnbError
 from fmnb.eval.difference import check_same_items, paired_difference, ranking, seed_difference
-from fmnb.eval.metrics import class_table, findings, measure
+from fmnb.eval.errors import class_table, findings
+from fmnb.eval.metrics import measure
 from fmnb.eval.predict import predictions_table
 from fmnb.run.execute import run
 from fmnb.run.record import open_run

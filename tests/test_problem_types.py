@@ -14,7 +14,8 @@ from fmnb.data.problem import find_problem_type, split_labels
 from fmnb.data.quality import check, repair
 from fmnb.data.source import keep_frame, load_items, open_items, save_items
 from fmnb.data.split import SPLITS, assign_folds, split_items
-from fmnb.eval.metrics import class_table, findings, measure
+from fmnb.eval.errors import class_table, findings
+from fmnb.eval.metrics import measure
 from fmnb.eval.predict import predict, problem_type_of
 from fmnb.model.head import build_model
 

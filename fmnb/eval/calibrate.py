@@ -27,7 +27,7 @@ def _probabilities(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"Calibration needs the scores of one class an item, and these predictions {'have none' if not classes else f'are {kind}'}; choose a run with one label an item.")
     return predictions[[f"score_{name}" for name in classes]].to_numpy(dtype=float), pd.Index(classes).get_indexer(predictions["target"])
 
-# %% ../../nbs/52_eval.calibrate.ipynb #37362a10
+# %% ../../nbs/52_eval.calibrate.ipynb #cd2998f6
 def reliability(
     predictions: pd.DataFrame,  # the predictions table of one split, with scores
     bins: int = 15,             # of equal width over [0, 1]
@@ -57,7 +57,7 @@ def calibration_error(
     low, high = bca_interval(value, drawn, level=level)
     return dict(value=value, low=low, high=high, n_items=n_items)
 
-
+# %% ../../nbs/52_eval.calibrate.ipynb #1ebedfb2
 def plot_reliability(
     predictions: pd.DataFrame,  # the predictions table of one split, with scores
     axes: Axes | None = None,   # where to draw; None = a new figure

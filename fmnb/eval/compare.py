@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'FAMILY_NAMES', 'IN_WORDS', 'format_metric', 'comparison_table', 'compare', 'verdict', 'comparison_findings',
            'plot_histories', 'plot_confusions', 'hardest_items', 'error_captions']
 
-# %% ../../nbs/53_eval.compare.ipynb #f62bceeb
+# %% ../../nbs/53_eval.compare.ipynb #2fcfc29e
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from ..core import DataError
 from .difference import Difference, holm, paired_difference
-from .metrics import HEADLINE, MAIN_METRIC, METRICS, measure, plot_errors
+from .errors import plot_errors
+from .metrics import HEADLINE, MAIN_METRIC, METRICS, measure
 from .predict import classes_of, label_matrix, problem_type_of
 
 # %% ../../nbs/53_eval.compare.ipynb #e9d7f5b9

@@ -52,7 +52,7 @@ class Difference:
         "Is a difference this large too rare by chance?"
         return self.p_value < self.alpha
 
-# %% ../../nbs/52_eval.difference.ipynb #06fa7703
+# %% ../../nbs/52_eval.difference.ipynb #2e3f0e4f
 def _added(cells: np.ndarray, model: int, drawn: np.ndarray, size: int) -> np.ndarray:
     "Confusion matrices (draws, size, size) of one model, 1 or 2, from how often each cell (3, cells) was drawn, (draws, cells)."
     counts = np.zeros((len(drawn), size, size))
@@ -88,7 +88,7 @@ class ClassDraws:
         kept, exchanged = ([_added(self.cells, model, drawn, self.size) for model in (1, 2)] for drawn in (stay, self.counts - stay))
         return self._difference(kept[0] + exchanged[1], kept[1] + exchanged[0])
 
-
+# %% ../../nbs/52_eval.difference.ipynb #bfafa226
 class ItemDraws:
     "The same for several labels an item, and for numbers."
 
@@ -112,7 +112,7 @@ class ItemDraws:
         stay = rng.random((n, self.n_items)) < 0.5
         return self._difference(np.hstack([stay, ~stay]), np.hstack([~stay, stay]))
 
-# %% ../../nbs/52_eval.difference.ipynb #5bd4e816
+# %% ../../nbs/52_eval.difference.ipynb #e36326a9
 def _in_parts(draw, n: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "`n` draws, a few million numbers at a time."
     step = max(1, 2**22 // size)
@@ -141,7 +141,7 @@ def items_needed(
     from scipy.special import ndtri
     return float(np.ceil(n_items * ((ndtri((1 + level) / 2) + ndtri(power)) * error / value) ** 2)) if value else np.inf
 
-
+# %% ../../nbs/52_eval.difference.ipynb #b13475ba
 def paired_difference(
     first: pd.DataFrame,    # predictions table
     second: pd.DataFrame,   # predictions table of the same items

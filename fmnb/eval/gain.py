@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STARTS', 'SHARES', 'nested_subset', 'measure_gain', 'gain_table', 'format_gain', 'gain_findings', 'plot_gain']
 
-# %% ../../nbs/56_eval.gain.ipynb #5c751920
+# %% ../../nbs/56_eval.gain.ipynb #1808d69e
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from ..core import DataError, unit_hash
-from .metrics import wilson_interval
+from .interval import wilson_interval
 
 # %% ../../nbs/56_eval.gain.ipynb #246e30b1
 def nested_subset(

@@ -9,7 +9,7 @@ __all__ = ['TOP_K', 'AREAS', 'metrics_of_confusions', 'item_scores', 'roc_area',
 # %% ../../nbs/50_eval.score.ipynb #d1bcf865
 import numpy as np
 
-# %% ../../nbs/50_eval.score.ipynb #18531bfd
+# %% ../../nbs/50_eval.score.ipynb #bafbc80c
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     "The quotient, and 0 where the denominator is 0."
     numerator, denominator = np.broadcast_arrays(numerator, denominator)
@@ -32,8 +32,8 @@ def metrics_of_confusions(
     hits, targets, predicted = np.diagonal(confusions, axis1=-2, axis2=-1), confusions.sum(axis=-1), confusions.sum(axis=-2)
     right, total = hits.sum(axis=-1), targets.sum(axis=-1)
     spread = [(total**2 - (margin**2).sum(axis=-1)).clip(min=0) for margin in (targets, predicted)]
-    return {"accuracy": right / total} | _averages(hits, targets, predicted) | {
-        "balanced_accuracy": _ratio(hits, targets).sum(axis=-1) / (targets > 0).sum(axis=-1),
+    return {"accuracy": _ratio(right, total)} | _averages(hits, targets, predicted) | {
+        "balanced_accuracy": _ratio(hits, targets).sum(axis=-1) / (targets > 0).sum(axis=-1).clip(min=1),
         "matthews": _ratio(right * total - (targets * predicted).sum(axis=-1), np.sqrt(spread[0] * spread[1]))}
 
 # %% ../../nbs/50_eval.score.ipynb #8c45e57f
@@ -53,7 +53,7 @@ def item_scores(
         values[f"top_{k}_accuracy"] = (before < k).astype(float)
     return values
 
-# %% ../../nbs/50_eval.score.ipynb #a5d4834d
+# %% ../../nbs/50_eval.score.ipynb #4468b107
 def roc_area(
     positive: np.ndarray,  # bool, (items,)
     scores: np.ndarray,    # (items,)
@@ -88,7 +88,7 @@ def precision_area(
     left = np.where(positive, without_positive[group], without_negative[group])
     return float(area), (len(scores) - 1) * (left.mean() - left)
 
-
+# %% ../../nbs/50_eval.score.ipynb #9078e1e3
 AREAS = {"roc_auc": roc_area, "average_precision": precision_area}
 
 

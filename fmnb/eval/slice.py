@@ -46,7 +46,7 @@ def feature_clusters(
     order = np.argsort(-np.bincount(found))
     return np.argsort(order)[found]
 
-# %% ../../nbs/52_eval.slice.ipynb #b187cb54
+# %% ../../nbs/52_eval.slice.ipynb #ebb17ff7
 def right_items(
     predictions: pd.DataFrame,  # the predictions table of one split
 ) -> np.ndarray:                # bool, (items,)
@@ -56,7 +56,7 @@ def right_items(
         return ((predictions["prediction"] - predictions["target"]).abs() <= predictions["target"].std(ddof=0) / 2).to_numpy()
     return (predictions["prediction"] == predictions["target"]).to_numpy()
 
-
+# %% ../../nbs/52_eval.slice.ipynb #29ee9b6f
 def slice_table(
     predictions: pd.DataFrame,  # the predictions table of one split
     columns: pd.DataFrame,      # facts about its items, with `item_id` as index
@@ -80,7 +80,7 @@ def slice_table(
     weaker = table["accuracy"] < table["others"]
     return pd.concat([table[weaker], table[~weaker]])
 
-
+# %% ../../nbs/52_eval.slice.ipynb #05b39ac4
 def plot_slices(
     table: pd.DataFrame,       # of `slice_table`
     accuracy: float,           # of all items
