@@ -159,6 +159,9 @@ def test_what_cannot_be_evaluated_is_named(finished, tmp_path):
                            (f"{finished[0].folder},{finished[1].folder}", "the report compare takes many")):
         with pytest.raises(FmnbError, match=message):
             run("evaluate", {"runs": value}, tmp_path / "evaluated", overwrite=True, progress=False)
+    twice = ",".join([str(finished[0].folder)] * 2)
+    with pytest.raises(FmnbError, match="folders of the same name"):
+        run("compare", {"runs": twice}, tmp_path / "compared", progress=False)
     with pytest.raises(ConfigError, match="Unknown parameter 'run'"):
         run("evaluate", {"run": "x"}, tmp_path / "evaluated", progress=False)
     with pytest.raises(FmnbError, match="is not a run folder"):

@@ -21,8 +21,8 @@ from .errors import plot_errors
 from .metrics import HEADLINE, MAIN_METRIC, METRICS, measure
 from .predict import classes_of, label_matrix, problem_type_of
 
-# %% ../../nbs/53_eval.compare.ipynb #e9d7f5b9
-COSTS = {"n_parameters": "Parameters", "train_seconds": "Training, seconds", "items_per_second": "Inference, items a second",
+# %% ../../nbs/53_eval.compare.ipynb #20f3e789
+COSTS = {"n_parameters": "Parameters", "flops_per_item": "Inference, MFLOP an item", "train_seconds": "Training, seconds", "items_per_second": "Inference, items a second",
          "peak_memory_bytes": "Peak memory, MB"}
 
 
@@ -39,7 +39,7 @@ def comparison_table(
     "The models side by side: metrics with 95 % intervals, and costs; a dash where a model has none."
     def cost(metrics, name):
         value = metrics.get(name)
-        return "-" if value is None else f"{value / (1e6 if name.endswith('bytes') else 1):,.{1 if name == 'train_seconds' else 0}f}"
+        return "-" if value is None else f"{value / (1e6 if name.startswith(('peak', 'flops')) else 1):,.{1 if name.startswith(('train', 'flops')) else 0}f}"
     shown = [name for name in HEADLINE if all(name in metrics["test"] for metrics in results.values())]
     columns = {
         model: [format_metric(metrics["test"][name]) for name in shown] + [cost(metrics, name) for name in COSTS]

@@ -191,9 +191,10 @@ def ranking(
              "cannot be told apart from": ", ".join(close[name]), "items needed": tested[name, order[place + 1]].n_needed if place + 1 < len(order) else np.nan} for place, name in enumerate(order)]
     return pd.DataFrame(rows).set_index("model")
 
-# %% ../../nbs/52_eval.difference.ipynb #1236c9f1
+# %% ../../nbs/52_eval.difference.ipynb #654fa92a
 def _seed_scores(tables: Sequence[pd.DataFrame], weights: np.ndarray, metric: str) -> np.ndarray:
     "The metric of each seed's table with the items counted `weights` times, (seeds, draws)."
+    from scipy.sparse import csr_matrix
     if problem_type_of(tables[0]) != "single_label":
         return np.stack([weighted_metrics(table)(weights)[metric] for table in tables])
     classes = sorted(set().union(*({*table["target"], *table["prediction"]} for table in tables)))
@@ -201,7 +202,8 @@ def _seed_scores(tables: Sequence[pd.DataFrame], weights: np.ndarray, metric: st
     scores = []
     for table in tables:
         cells = target * len(classes) + pd.Index(classes).get_indexer(table["prediction"])
-        counts = weights.astype(np.float32) @ np.eye(len(classes) ** 2, dtype=np.float32)[cells]
+        member = csr_matrix((np.ones(len(cells)), (cells, np.arange(len(cells)))), shape=(len(classes) ** 2, len(cells)))
+        counts = (member @ weights.T).T
         scores.append(metrics_of_confusions(counts.reshape(len(weights), len(classes), len(classes)))[metric])
     return np.stack(scores)
 

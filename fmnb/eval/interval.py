@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import derive_seed
 
-# %% ../../nbs/50_eval.interval.ipynb #e3954ca4
+# %% ../../nbs/50_eval.interval.ipynb #a2e361fe
 def bootstrap_confusions(
     counts: np.ndarray,       # a confusion matrix, (classes, classes)
     resamples: int = 2000,    # how often the items are drawn again
@@ -24,9 +24,11 @@ def bootstrap_confusions(
     rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
     if not stratified:
         return rng.multinomial(counts.sum(), counts.ravel() / counts.sum(), size=resamples).reshape(resamples, *counts.shape)
-    draws = [rng.multinomial(row.sum(), row / max(row.sum(), 1), size=resamples) if row.sum() else
-             np.zeros((resamples, len(row)), dtype=int) for row in counts]
-    return np.stack(draws, axis=1)
+    draws = np.zeros((resamples, *counts.shape), dtype=int)
+    for number, row in enumerate(counts):
+        if (seen := np.flatnonzero(row)).size:
+            draws[:, number, seen] = rng.multinomial(row.sum(), row[seen] / row.sum(), size=resamples)
+    return draws
 
 
 def bootstrap_weights(
@@ -39,7 +41,7 @@ def bootstrap_weights(
     for start in range(0, resamples, step):
         yield np.stack([np.bincount(rng.integers(n_items, size=n_items), minlength=n_items) for _ in range(min(step, resamples - start))])
 
-# %% ../../nbs/50_eval.interval.ipynb #36b86eee
+# %% ../../nbs/50_eval.interval.ipynb #56f91198
 def bca_interval(
     value: float,        # of the metric
     draws: np.ndarray,   # of the resamples, (resamples,)
@@ -68,8 +70,10 @@ def confusion_accelerations(
     metrics: Callable[[np.ndarray], dict[str, np.ndarray]],  # of confusion matrices (cells, classes, classes), each (cells,)
     stratified: bool = True,  # as the resamples
 ) -> dict[str, float]:   # by metric
-    "The accelerations of metrics of a confusion matrix, by leaving out one item of each cell."
+    "The accelerations of metrics of a confusion matrix, by leaving out one item of each cell; 0 where there are too many to try."
     rows, columns = np.nonzero(counts)
+    if len(rows) * counts.size > 2**26:  # 512 MiB
+        return dict.fromkeys(metrics(counts[None]), 0.0)
     left = np.repeat(counts[None].astype(float), len(rows), axis=0)
     left[np.arange(len(rows)), rows, columns] -= 1
     weights, strata = counts[rows, columns], rows if stratified else np.zeros_like(rows)

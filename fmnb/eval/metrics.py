@@ -49,7 +49,7 @@ def confusion(
     counts = confusion_matrix(predictions["target"], predictions["prediction"], labels=classes)
     return pd.DataFrame(counts, index=pd.Index(classes, name="target"), columns=pd.Index(classes, name="prediction"))
 
-# %% ../../nbs/51_eval.metrics.ipynb #7b776bd5
+# %% ../../nbs/51_eval.metrics.ipynb #51b66556
 METRICS = {
     "accuracy": "Accuracy", "precision_macro": "Precision", "recall_macro": "Recall", "f1_macro": "F1-score", "f1_weighted": "F1-score, weighted", "f1_micro": "F1-score, micro",
     "balanced_accuracy": "Balanced accuracy", "matthews": "Matthews' correlation", "hamming_loss": "Hamming loss", "top_3_accuracy": "Top-3 accuracy",
@@ -62,7 +62,9 @@ Interval = tuple[float, float, float]  # value, low, high
 
 def _counts_measured(counts: np.ndarray, level: float, resamples: int, stratified: bool) -> dict[str, Interval]:
     "The metrics of a confusion matrix."
-    values, drawn = metrics_of_confusions(counts), metrics_of_confusions(bootstrap_confusions(counts, resamples, stratified=stratified))
+    values, step = metrics_of_confusions(counts), max(1, 2**24 // counts.size)  # resamples at a time, 128 MiB
+    parts = [metrics_of_confusions(bootstrap_confusions(counts, min(step, resamples - start), start, stratified)) for start in range(0, resamples, step)]
+    drawn = {name: np.concatenate([part[name] for part in parts]) for name in values}
     bent = confusion_accelerations(counts, metrics_of_confusions, stratified)
     found = {name: (float(value), *bca_interval(value, drawn[name], bent[name], level)) for name, value in values.items()}
     low, high = wilson_interval(np.trace(counts), counts.sum(), level)
