@@ -4,13 +4,18 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torchmetrics.functional.classification as theirs
 from fmnb.core import ConfigError, DataError, FmnbError
+from fmnb.eval.calibrate import calibration_error, conformal_sets, conformal_threshold, fit_temperature, scaled
 from fmnb.eval.difference import check_same_items, paired_difference, ranking, seed_difference
 from fmnb.eval.errors import class_table, findings
 from fmnb.eval.metrics import measure
 from fmnb.eval.predict import predictions_table
 from fmnb.run.execute import run
 from fmnb.run.record import open_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn import metrics as scikit
 
 
@@ -82,6 +87,72 @@ def test_metrics_do_not_depend_on_order_or_names(seed):
     for other in (table.sample(frac=1, random_state=seed), renamed):
         for metric, found in measure(other, resamples=20).items():
             assert found["value"] == pytest.approx(measure(table, resamples=20)[metric]["value"], abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_agree_with_torchmetrics(seed):
+    table = made(400, 5, seed)
+    scores, targets = torch.from_numpy(table.filter(like="score_").to_numpy()), torch.from_numpy(table["target"].str[1:].astype(int).to_numpy())
+    found = {metric: values["value"] for metric, values in measure(table, resamples=20).items()}
+    expected = {
+        "accuracy": theirs.multiclass_accuracy(scores, targets, 5, average="micro"), "balanced_accuracy": theirs.multiclass_accuracy(scores, targets, 5, average="macro"),
+        "precision_macro": theirs.multiclass_precision(scores, targets, 5), "recall_macro": theirs.multiclass_recall(scores, targets, 5), "f1_macro": theirs.multiclass_f1_score(scores, targets, 5),
+        "f1_weighted": theirs.multiclass_f1_score(scores, targets, 5, average="weighted"), "matthews": theirs.multiclass_matthews_corrcoef(scores, targets, 5),
+        "roc_auc": theirs.multiclass_auroc(scores, targets, 5), "average_precision": theirs.multiclass_average_precision(scores, targets, 5)}
+    for metric, value in expected.items():
+        assert found[metric] == pytest.approx(float(value), abs=2e-7), metric  # torchmetrics counts in float32
+    assert calibration_error(table)["value"] == pytest.approx(float(theirs.multiclass_calibration_error(scores, targets, 5, n_bins=15)), abs=1e-6)
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
+def test_conformal_sets_agree_with_mapie(coverage):
+    from mapie.conformity_scores import LACConformityScore
+    from mapie.classification import SplitConformalClassifier
+
+    class Known:
+        """A classifier that says what the table says."""
+        def __init__(self, tables):
+            self.scores = np.concatenate([table.filter(like="score_").to_numpy() for table in tables])
+            self.classes_, self.n_features_in_, self.is_fitted_ = np.arange(4), 1, True
+
+        def fit(self, X, y):
+            return self
+
+        def predict_proba(self, X):
+            return self.scores[np.asarray(X)[:, 0].astype(int)]
+
+        def predict(self, X):
+            return self.predict_proba(X).argmax(axis=1)
+
+        def __sklearn_is_fitted__(self):
+            return True
+
+    valid, test = made(300, 4, 1), made(200, 4, 2)
+    mapie = SplitConformalClassifier(Known([valid, test]), confidence_level=coverage, conformity_score=LACConformityScore(), prefit=True)
+    mapie.conformalize(np.arange(300)[:, None], valid["target"].str[1:].astype(int).to_numpy())
+    _, sets = mapie.predict_set(np.arange(300, 500)[:, None])
+    ours = conformal_sets(test, conformal_threshold(valid, coverage))
+    assert ours["size"].tolist() == sets[:, :, 0].sum(axis=1).tolist()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 80), st.integers(2, 6), st.integers(0, 10_000), st.floats(0, 6))
+def test_properties_of_any_table(n_items, n_classes, seed, skill):
+    """Within their ranges; an exchange of the classes' roles, a copy of the table and a temperature do what they must."""
+    table = made(n_items, n_classes, seed, skill)
+    found = measure(table, resamples=50)
+    for metric, values in found.items():
+        lowest, highest = {"matthews": (-1, 1), "log_loss": (0, 40), "brier": (0, 2)}.get(metric, (0, 1))
+        assert lowest <= values["value"] <= highest and values["low"] <= values["high"] and values["n_items"] == n_items
+    twice = pd.concat([table, table.assign(item_id=table["item_id"] + "'")], ignore_index=True)
+    for metric, values in measure(twice, resamples=20).items():
+        assert values["value"] == pytest.approx(found[metric]["value"], abs=1e-9), metric
+    warm = scaled(table, fit_temperature(table))
+    assert (warm[[f"score_c{i}" for i in range(n_classes)]].sum(axis=1) - 1).abs().max() < 1e-9
+    assert measure(warm, resamples=20)["log_loss"]["value"] <= found["log_loss"]["value"] + 1e-6
+    difference = paired_difference(table, table.assign(prediction=table["prediction"].iloc[::-1].to_numpy()), resamples=50)
+    mirrored = paired_difference(table.assign(prediction=table["prediction"].iloc[::-1].to_numpy()), table, resamples=50)
+    assert difference.value == pytest.approx(-mirrored.value, abs=1e-12) and 0 < difference.p_value <= 1
 
 
 def test_more_items_make_narrower_intervals():

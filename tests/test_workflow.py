@@ -46,9 +46,9 @@ def finished(tmp_path_factory):
 def test_run_folder_is_as_promised(finished):
     assert set(run_contents(finished).index) == RUN_FILES
     metrics = finished.metrics
-    assert set(metrics) == {"test", "valid", "n_parameters", "train_seconds", "items_per_second", "peak_memory_bytes", "advice"}
-    assert set(metrics["test"]) == {"accuracy", "precision_macro", "recall_macro", "f1_macro"}
-    for metric in metrics["test"].values():
+    assert set(metrics) == {"test", "valid", "n_parameters", "flops_per_item", "n_trained", "train_seconds", "items_per_second", "peak_memory_bytes", "advice"}
+    assert {"accuracy", "precision_macro", "recall_macro", "f1_macro", "matthews", "roc_auc", "log_loss"} <= set(metrics["test"])
+    for metric in (metric for name, metric in metrics["test"].items() if name not in ("log_loss", "brier")):
         assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 and metric["n_items"] == 373
     assert list(finished.predictions.columns[:4]) == ["item_id", "split", "target", "prediction"]
     assert [f"score_{digit}" for digit in range(10)] == list(finished.predictions.columns[4:])

@@ -192,13 +192,13 @@ def bits_per_character(
     "The cross-entropy in bits a character."
     return loss / math.log(2) / characters_per_token
 
-# %% ../../nbs/55_eval.pretraining.ipynb #ac18f15c
-def _recurrent_flops(inputs: tuple[int, ...], *others: Any, out_shape: Any = None) -> int:
+# %% ../../nbs/55_eval.pretraining.ipynb #88369f43
+def _recurrent_flops(inputs: tuple[int, ...], *others: Any, out_shape: Any = None, **named: Any) -> int:
     "Of one recurrent layer and direction: (steps, batch, inputs) and its two weight matrices first."
     return 2 * inputs[0] * inputs[1] * sum(shape[0] * shape[1] for shape in others[:2])
 
 
-def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *others: Any, out_shape: Any = None) -> int:
+def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *others: Any, out_shape: Any = None, **named: Any) -> int:
     "Of scaled dot-product attention: (batch, heads, length, channels) each."
     return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
 

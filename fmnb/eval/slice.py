@@ -17,7 +17,7 @@ from .interval import wilson_interval
 from .metrics import check_predictions
 from .predict import classes_of, problem_type_of
 
-# %% ../../nbs/52_eval.slice.ipynb #bbe35447
+# %% ../../nbs/52_eval.slice.ipynb #f5e801c7
 def slice_members(
     columns: pd.DataFrame,  # facts about the items, (items, columns)
     least: int = 10,        # items of a slice that is looked at
@@ -27,7 +27,8 @@ def slice_members(
     members = {}
     for name, values in columns.items():
         if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values) and values.nunique() > most:
-            values = pd.qcut(values, 4, duplicates="drop", precision=3).map(lambda part: f"{part.left:.4g} to {part.right:.4g}", na_action="ignore").astype(object)
+            quarters = values.groupby(pd.qcut(values, 4, duplicates="drop", labels=False))
+            values = quarters.transform("min").map("{:.4g}".format) + " to " + quarters.transform("max").map("{:.4g}".format)
         for value, size in values.value_counts().head(most).items():
             if least <= size <= len(values) - least:
                 members[f"{name}: {value}"] = (values == value).fillna(False).to_numpy(dtype=bool)
