@@ -92,7 +92,7 @@ def test_metrics_do_not_depend_on_order_or_names(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_agree_with_torchmetrics(seed):
     table = made(400, 5, seed)
-    scores, targets = torch.from_numpy(table.filter(like="score_").to_numpy()), torch.from_numpy(table["target"].str[1:].astype(int).to_numpy())
+    scores, targets = torch.tensor(table.filter(like="score_").to_numpy()), torch.tensor(table["target"].str[1:].astype(int).to_numpy())
     found = {metric: values["value"] for metric, values in measure(table, resamples=20).items()}
     expected = {
         "accuracy": theirs.multiclass_accuracy(scores, targets, 5, average="micro"), "balanced_accuracy": theirs.multiclass_accuracy(scores, targets, 5, average="macro"),
