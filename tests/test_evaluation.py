@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchmetrics.functional.classification as theirs
 from fmnb.core import ConfigError, DataError, FmnbError
+from fmnb.data.source import keep_frame
 from fmnb.eval.calibrate import calibration_error, conformal_sets, conformal_threshold, fit_temperature, scaled
 from fmnb.eval.difference import check_same_items, paired_difference, ranking, seed_difference
 from fmnb.eval.errors import class_table, findings
@@ -237,3 +238,19 @@ def test_what_cannot_be_evaluated_is_named(finished, tmp_path):
         run("evaluate", {"run": "x"}, tmp_path / "evaluated", progress=False)
     with pytest.raises(FmnbError, match="is not a run folder"):
         open_run(tmp_path)
+
+
+PROBLEMS = {"multi_label": ["cat", "dog", "cat|dog"] * 40, "regression": list(np.random.default_rng(0).gamma(2, 2, 120).round(2))}
+
+
+@pytest.mark.parametrize("problem_type", PROBLEMS)
+def test_runs_of_other_problems_are_evaluated(problem_type, tmp_path):
+    """Several labels an item, and numbers: what is for one class is left out, the rest is there."""
+    words = {"cat": "purr meow whiskers", "dog": "bark fetch tail", "cat|dog": "purr bark pets together"}
+    labels = PROBLEMS[problem_type]
+    texts = [f"{words.get(label, 'a story of ' + str(label))} number {number}" for number, label in enumerate(labels)]
+    data = keep_frame(pd.DataFrame({"text": texts, "label": labels}))
+    made = run("finetune", {"data": str(data), "epochs": 2, "batch_size": 16, "learning_rate": 0.003}, tmp_path / "made", progress=False)
+    done = run("evaluate", {"runs": str(made.folder)}, tmp_path / "evaluated", progress=False)
+    assert done.metrics["test"] == json.loads(json.dumps(made.metrics["test"]))
+    assert "Calibration is for one class an item" in (done.folder / "report.html").read_text()

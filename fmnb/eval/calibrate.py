@@ -57,11 +57,10 @@ def calibration_error(
     low, high = bca_interval(value, drawn, level=level)
     return dict(value=value, low=low, high=high, n_items=n_items)
 
-# %% ../../nbs/52_eval.calibrate.ipynb #1ebedfb2
+# %% ../../nbs/52_eval.calibrate.ipynb #4867a843
 def plot_reliability(
     predictions: pd.DataFrame,  # the predictions table of one split, with scores
     axes: Axes | None = None,   # where to draw; None = a new figure
-    title: str = "",            # empty = the calibration error, and what it means
 ) -> Axes:
     "Accuracy against confidence, an interval a bin; on the line they agree."
     table, error = reliability(predictions), calibration_error(predictions)
@@ -71,22 +70,22 @@ def plot_reliability(
     sns.scatterplot(table, x="confidence", y="accuracy", size="items", sizes=(15, 150), ax=axes, color="C0")
     lean = np.average(table["confidence"] - table["accuracy"], weights=table["items"])
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="share of right items",
-             title=title or f"{'Too sure of itself' if lean > 0 else 'Not sure enough'} by {abs(100 * lean):.1f} points (ECE {error['value']:.3f})")
+             title=f"{'Too sure of itself' if lean > 0 else 'Not sure enough'} by {abs(100 * lean):.1f} points (ECE {error['value']:.3f})")
     axes.legend(frameon=False, title="items", loc="upper left")
     return axes
 
-# %% ../../nbs/52_eval.calibrate.ipynb #96a723d8
+# %% ../../nbs/52_eval.calibrate.ipynb #9ca7eefa
 def scaled(
     predictions: pd.DataFrame,  # the predictions table, with scores
     temperature: float,         # above 0; 1 = as they are
 ) -> pd.DataFrame:              # the same, with other scores
     "Scores at another temperature."
+    from scipy.special import softmax
     if not temperature > 0:
         raise DataError(f"A temperature must be above 0, not {temperature!r}.")
     scores, _ = _probabilities(predictions)
-    logits = np.log(np.maximum(scores, np.finfo(float).tiny)) / temperature
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return predictions.assign(**{f"score_{name}": column for name, column in zip(classes_of(predictions), (powers / powers.sum(axis=1, keepdims=True)).T)})
+    changed = softmax(np.log(np.maximum(scores, np.finfo(float).tiny)) / temperature, axis=1)
+    return predictions.assign(**{f"score_{name}": column for name, column in zip(classes_of(predictions), changed.T)})
 
 
 def fit_temperature(
@@ -94,15 +93,14 @@ def fit_temperature(
 ) -> float:                     # from 0.05 to 20; above 1 = the model is too sure
     "The temperature with the smallest log loss; 1 where no item is wrong, since the best would then be 0."
     from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
     scores, targets = _probabilities(predictions)
     if (scores.argmax(axis=1) == targets).all():
         return 1.0
     logits = np.log(np.maximum(scores, np.finfo(float).tiny))
 
     def loss(log_temperature: float) -> float:
-        powers = logits * np.exp(-log_temperature)
-        top = powers.max(axis=1)
-        return float((top + np.log(np.exp(powers - top[:, None]).sum(axis=1)) - powers[np.arange(len(powers)), targets]).mean())
+        return float(-log_softmax(logits * np.exp(-log_temperature), axis=1)[np.arange(len(logits)), targets].mean())
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded", options=dict(xatol=1e-6)).x))
 
 # %% ../../nbs/52_eval.calibrate.ipynb #05b86061
@@ -128,7 +126,7 @@ def conformal_sets(
     return pd.DataFrame({"item_id": predictions["item_id"].to_numpy(), "classes": ["|".join(classes[row]) for row in inside],
                          "size": inside.sum(axis=1), "holds": inside[np.arange(len(inside)), targets]})
 
-# %% ../../nbs/52_eval.calibrate.ipynb #c645b261
+# %% ../../nbs/52_eval.calibrate.ipynb #42534e98
 def rejection_curve(
     predictions: pd.DataFrame,  # the predictions table of one split, with scores
 ) -> pd.DataFrame:  # a row an item that is added, the surest first: `answered` (share), `accuracy`, `low`, `high`, `confidence`
@@ -144,7 +142,6 @@ def rejection_curve(
 def plot_rejection(
     predictions: pd.DataFrame,  # the predictions table of one split, with scores
     axes: Axes | None = None,   # where to draw; None = a new figure
-    title: str = "",            # empty = the accuracy of the surest 80 %
 ) -> Axes:
     "Accuracy of what is answered, against how much is."
     curve = rejection_curve(predictions)
@@ -154,7 +151,7 @@ def plot_rejection(
     axes.fill_between(shown["answered"], shown["low"], shown["high"], alpha=0.2, linewidth=0)
     surest, all_of_them = curve.iloc[int(np.ceil(0.8 * len(curve))) - 1], curve.iloc[-1]
     axes.set(xlim=(0, 1.02), xlabel="share of the items that is answered", ylabel="share of right answers",
-             title=title or f"Right in all: {all_of_them['accuracy']:.1%}, in the surest 80 %: {surest['accuracy']:.1%}")
+             title=f"Right in all: {all_of_them['accuracy']:.1%}, in the surest 80 %: {surest['accuracy']:.1%}")
     return axes
 
 # %% ../../nbs/52_eval.calibrate.ipynb #1c638935

@@ -6,16 +6,16 @@
 __all__ = ['check_same_items', 'Difference', 'ClassDraws', 'ItemDraws', 'mcnemar_test', 'items_needed', 'paired_difference',
            'holm', 'ranking', 'seed_difference']
 
-# %% ../../nbs/52_eval.difference.ipynb #317ff1a2
-from collections.abc import Iterator, Mapping, Sequence
+# %% ../../nbs/52_eval.difference.ipynb #1f658d9a
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, derive_seed
-from .interval import bca_interval, bootstrap_weights
-from .metrics import MAIN_METRIC, confusion, measure, weighted_metrics
+from .interval import bca_interval, bootstrap_weights, holm_p_values
+from .metrics import MAIN_METRIC, measure, weighted_metrics
 from .predict import problem_type_of
 from .score import metrics_of_confusions
 
@@ -112,8 +112,8 @@ class ItemDraws:
         stay = rng.random((n, self.n_items)) < 0.5
         return self._difference(np.hstack([stay, ~stay]), np.hstack([~stay, stay]))
 
-# %% ../../nbs/52_eval.difference.ipynb #e36326a9
-def _in_parts(draw, n: int, size: int, rng: np.random.Generator) -> np.ndarray:
+# %% ../../nbs/52_eval.difference.ipynb #835609e8
+def _in_parts(draw: Callable[[int, np.random.Generator], np.ndarray], n: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "`n` draws, a few million numbers at a time."
     step = max(1, 2**22 // size)
     return np.concatenate([draw(min(step, n - start), rng) for start in range(0, n, step)])
@@ -164,17 +164,12 @@ def paired_difference(
     return Difference(*names, value, *bca_interval(value, resampled, level=level), (1 + permuted.sum()) / (1 + resamples),
                       1.0 if kind == "regression" else mcnemar_test(*tables), metric, items_needed(value, resampled.std(), len(first), level), 1 - level)
 
-# %% ../../nbs/52_eval.difference.ipynb #7cc672cb
+# %% ../../nbs/52_eval.difference.ipynb #9386da1b
 def holm(
     differences: Sequence[Difference],  # each tested by itself
 ) -> list[Difference]:                  # in the same order
     "Correct the p-values for their number."
-    order, worst = sorted(range(len(differences)), key=lambda number: differences[number].p_value), 0.0
-    corrected = list(differences)
-    for place, number in enumerate(order):
-        worst = min(1.0, max(worst, (len(order) - place) * differences[number].p_value))
-        corrected[number] = replace(differences[number], p_value=worst)
-    return corrected
+    return [replace(difference, p_value=float(p_value)) for difference, p_value in zip(differences, holm_p_values([difference.p_value for difference in differences]))]
 
 
 def ranking(

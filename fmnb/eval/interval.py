@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bootstrap_confusions', 'bootstrap_weights', 'bca_interval', 'acceleration', 'confusion_accelerations',
-           'wilson_interval', 'mean_interval', 'area_interval']
+           'wilson_interval', 'mean_interval', 'area_interval', 'holm_p_values']
 
 # %% ../../nbs/50_eval.interval.ipynb #b1bd0653
 from collections.abc import Callable, Iterator
@@ -127,3 +127,13 @@ def area_interval(
         return min(low, value), max(high, value)
     low, high = expit(logit(value) + ndtri([(1 - level) / 2, (1 + level) / 2]) * error / (value * (1 - value)))
     return float(low), float(high)
+
+# %% ../../nbs/50_eval.interval.ipynb #be752886
+def holm_p_values(
+    p_values: np.ndarray,  # of each test by itself, (tests,)
+) -> np.ndarray:           # in the same order
+    "P-values corrected for their number."
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected

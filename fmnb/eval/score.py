@@ -36,21 +36,20 @@ def metrics_of_confusions(
         "balanced_accuracy": _ratio(hits, targets).sum(axis=-1) / (targets > 0).sum(axis=-1).clip(min=1),
         "matthews": _ratio(right * total - (targets * predicted).sum(axis=-1), np.sqrt(spread[0] * spread[1]))}
 
-# %% ../../nbs/50_eval.score.ipynb #8c45e57f
+# %% ../../nbs/50_eval.score.ipynb #ae6cb1bf
 TOP_K = 3  # classes that may be named for a hit, where there are more
 
 
 def item_scores(
     targets: np.ndarray,  # class numbers, (items,)
     scores: np.ndarray,   # probabilities, (items, classes)
-    k: int = TOP_K,       # of top-k accuracy; left out where there are no more classes than that
 ) -> dict[str, np.ndarray]:  # each of shape (items,); a metric is the mean
-    "Log loss, Brier score and whether the right class is among the first k, of each item."
-    right, rows = scores[np.arange(len(scores)), targets], np.arange(len(scores))
+    "Log loss, Brier score and, where there are more classes than `TOP_K`, whether the right one is among the first of them; of each item."
+    right = scores[np.arange(len(scores)), targets]
     values = {"log_loss": -np.log(np.maximum(right, np.finfo(float).eps)), "brier": (scores**2).sum(axis=1) - 2 * right + 1}
-    if scores.shape[1] > k:
-        before = (scores > right[:, None]).sum(axis=1) + ((scores == right[:, None]) & (np.arange(scores.shape[1]) > targets[rows, None])).sum(axis=1)
-        values[f"top_{k}_accuracy"] = (before < k).astype(float)
+    if scores.shape[1] > TOP_K:
+        before = (scores > right[:, None]).sum(axis=1) + ((scores == right[:, None]) & (np.arange(scores.shape[1]) > targets[:, None])).sum(axis=1)
+        values[f"top_{TOP_K}_accuracy"] = (before < TOP_K).astype(float)
     return values
 
 # %% ../../nbs/50_eval.score.ipynb #4468b107

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['slice_members', 'feature_clusters', 'right_items', 'slice_table', 'plot_slices', 'label_suspects']
 
-# %% ../../nbs/52_eval.slice.ipynb #77811544
+# %% ../../nbs/52_eval.slice.ipynb #6c6a109b
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from ..core import DataError
-from .interval import wilson_interval
+from .interval import holm_p_values, wilson_interval
 from .metrics import check_predictions
 from .predict import classes_of, problem_type_of
 
@@ -57,7 +56,7 @@ def right_items(
         return ((predictions["prediction"] - predictions["target"]).abs() <= predictions["target"].std(ddof=0) / 2).to_numpy()
     return (predictions["prediction"] == predictions["target"]).to_numpy()
 
-# %% ../../nbs/52_eval.slice.ipynb #29ee9b6f
+# %% ../../nbs/52_eval.slice.ipynb #9dd3245a
 def slice_table(
     predictions: pd.DataFrame,  # the predictions table of one split
     columns: pd.DataFrame,      # facts about its items, with `item_id` as index
@@ -77,7 +76,7 @@ def slice_table(
         p_value = fisher_exact([[hits, total - hits], [others.sum(), len(others) - others.sum()]]).pvalue
         rows.append(dict(slice=name, accuracy=hits / total, low=low, high=high, others=others.mean(), items=int(total), p_value=p_value))
     table = pd.DataFrame(rows, columns=["slice", "accuracy", "low", "high", "others", "items", "p_value"]).set_index("slice").sort_values("p_value")
-    table["p_value"] = (table["p_value"] * np.arange(len(table), 0, -1)).cummax().clip(upper=1)
+    table["p_value"] = holm_p_values(table["p_value"].to_numpy())
     weaker = table["accuracy"] < table["others"]
     return pd.concat([table[weaker], table[~weaker]])
 
