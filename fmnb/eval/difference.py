@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_same_items', 'Difference', 'ClassDraws', 'ItemDraws', 'mcnemar_test', 'items_needed', 'paired_difference',
-           'holm', 'ranking', 'seed_difference']
+           'holm', 'ranking', 'seed_score', 'seed_difference']
 
 # %% ../../nbs/52_eval.difference.ipynb #1f658d9a
 from collections.abc import Callable, Mapping, Sequence
@@ -186,7 +186,7 @@ def ranking(
              "cannot be told apart from": ", ".join(close[name]), "items needed": tested[name, order[place + 1]].n_needed if place + 1 < len(order) else np.nan} for place, name in enumerate(order)]
     return pd.DataFrame(rows).set_index("model")
 
-# %% ../../nbs/52_eval.difference.ipynb #654fa92a
+# %% ../../nbs/52_eval.difference.ipynb #fc612455
 def _seed_scores(tables: Sequence[pd.DataFrame], weights: np.ndarray, metric: str) -> np.ndarray:
     "The metric of each seed's table with the items counted `weights` times, (seeds, draws)."
     from scipy.sparse import csr_matrix
@@ -210,6 +210,29 @@ def _drawn_seeds(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mean + (chosen - mean) * np.sqrt(n_seeds / max(1, n_seeds - 1))
 
 
+def _mean_draws(parts: Sequence[Sequence[pd.DataFrame]], metric: str, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    "The metric averaged over seeds of each model (models,), and its resamples (models, resamples): the same items for all, seeds for each its own."
+    n_items, rng = len(parts[0][0]), np.random.default_rng(derive_seed(0, "seeds"))
+    values = np.array([_seed_scores(part, np.ones((1, n_items)), metric).mean() for part in parts])
+    drawn = [[_drawn_seeds(_seed_scores(part, weights, metric), rng) for part in parts] for weights in bootstrap_weights(n_items, resamples)]
+    return values, np.concatenate([np.stack(part) for part in drawn], axis=1)
+
+# %% ../../nbs/52_eval.difference.ipynb #264a420e
+def seed_score(
+    tables: Sequence[pd.DataFrame],  # predictions tables of one model's seeds, of the same items
+    level: float = 0.95,             # coverage, in (0, 1)
+    resamples: int = 4000,           # bootstrap resamples
+) -> dict[str, float]:               # value, low, high; deviation over seeds (NaN for one)
+    "The main metric averaged over seeds, with seeds and items as sources of chance. Raises `DataError` for different items."
+    tables = [table.sort_values("item_id", ignore_index=True) for table in tables]
+    check_same_items({f"run {number}": table for number, table in enumerate(tables, 1)})
+    metric = MAIN_METRIC[problem_type_of(tables[0])]
+    (value,), (drawn,) = _mean_draws([tables], metric, resamples)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    single = _seed_scores(tables, np.ones((1, len(tables[0]))), metric)[:, 0]
+    return {"value": float(value), "low": float(low), "high": float(high), "deviation": float(single.std(ddof=1)) if len(single) > 1 else np.nan}
+
+# %% ../../nbs/52_eval.difference.ipynb #41807644
 def seed_difference(
     first: Sequence[pd.DataFrame],   # predictions tables of one model's seeds
     second: Sequence[pd.DataFrame],  # predictions tables of the other's, of the same items
@@ -220,13 +243,10 @@ def seed_difference(
     "The difference of the main metric, averaged over seeds, with seeds and items as sources of chance. Raises `DataError` for different items."
     tables = [[table.sort_values("item_id", ignore_index=True) for table in part] for part in (first, second)]
     check_same_items({f"{name}, run {number}": table for name, part in zip(names, tables) for number, table in enumerate(part, 1)})
-    metric, rng = MAIN_METRIC[problem_type_of(tables[0][0])], np.random.default_rng(derive_seed(0, "seeds"))
-    n_items, drawn = len(tables[0][0]), []
-    ones = [_seed_scores(part, np.ones((1, n_items)), metric).mean() for part in tables]
-    for weights in bootstrap_weights(n_items, resamples):
-        drawn.append(np.subtract(*(_drawn_seeds(_seed_scores(part, weights, metric), rng) for part in tables)))
-    drawn, value = np.concatenate(drawn), float(ones[0] - ones[1])
+    metric = MAIN_METRIC[problem_type_of(tables[0][0])]
+    values, drawn = _mean_draws(tables, metric, resamples)
+    value, drawn = float(values[0] - values[1]), drawn[0] - drawn[1]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     other = min((drawn <= 0).mean(), (drawn >= 0).mean())
     return Difference(*names, value, float(low), float(high), float(min(1.0, 2 * other + 1 / resamples)), metric=metric,
-                      n_needed=items_needed(value, float(drawn.std()), n_items, level), alpha=1 - level)
+                      n_needed=items_needed(value, float(drawn.std()), len(tables[0][0]), level), alpha=1 - level)
