@@ -44,6 +44,7 @@ setup(
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "papermill.engine": ["fmnb = fmnb.run.engine:ReportEngine"],
     },
     zip_safe=False,
 )

@@ -112,7 +112,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #24971948
+# %% ../nbs/00_core.ipynb #b32cdc14
 def _finite(value: Any) -> Any:
     "JSON knows no NaN and no infinity: null says 'not defined'."
     if isinstance(value, float) and not math.isfinite(value):
@@ -137,13 +137,16 @@ def write_json(
 
 def read_json(
     path: str | os.PathLike,  # a file that holds JSON
+    limit: int = 100_000_000,  # bytes; what is larger was not written by fmnb
 ) -> Any:
-    "Read JSON. Raises `RunError` that names the file where it is absent or broken."
+    "Read JSON. Raises `RunError` that names the file where it is absent, broken or too large."
     try:
+        if (size := os.path.getsize(path)) > limit:
+            raise RunError(f"{path} has {size / 1e6:,.0f} MB, more than the {limit / 1e6:,.0f} MB that are read; it is not what fmnb has written, so delete it and run again.")
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{path} is not valid JSON ({error}); delete it and run again.") from None
 
 # %% ../nbs/00_core.ipynb #271c9307

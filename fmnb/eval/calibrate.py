@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reliability', 'calibration_error', 'plot_reliability', 'scaled', 'fit_temperature', 'conformal_threshold',
-           'conformal_sets', 'rejection_curve', 'plot_rejection', 'calibration_findings']
+           'conformal_sets', 'class_coverage', 'rejection_curve', 'plot_rejection', 'calibration_findings']
 
 # %% ../../nbs/52_eval.calibrate.ipynb #badec925
 import matplotlib.pyplot as plt
@@ -103,28 +103,43 @@ def fit_temperature(
         return float(-log_softmax(logits * np.exp(-log_temperature), axis=1)[np.arange(len(logits)), targets].mean())
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded", options=dict(xatol=1e-6)).x))
 
-# %% ../../nbs/52_eval.calibrate.ipynb #05b86061
+# %% ../../nbs/52_eval.calibrate.ipynb #2a9d2c3b
+def _threshold(own: np.ndarray, coverage: float) -> float:
+    "The score that so many of a validation class's own scores reach; 0 where there are too few to promise it."
+    rank = int(np.ceil((len(own) + 1) * coverage))
+    return float(np.sort(own)[::-1][rank - 1]) if rank <= len(own) else 0.0
+
+
 def conformal_threshold(
     predictions: pd.DataFrame,  # the predictions table of the validation split, with scores
     coverage: float = 0.9,      # wanted, in (0, 1)
-) -> float:                     # in [0, 1]
+    by_class: bool = False,     # a threshold for each class, so that each is covered?
+) -> float | np.ndarray:        # in [0, 1]; or (classes,) of them
     "The lowest score of a class that is in the set."
     scores, targets = _probabilities(predictions)
     if not 0 < coverage < 1:
         raise DataError(f"The coverage must be in (0, 1), not {coverage!r}.")
-    own, rank = np.sort(scores[np.arange(len(scores)), targets])[::-1], int(np.ceil((len(scores) + 1) * coverage))
-    return float(own[rank - 1]) if rank <= len(own) else 0.0
+    own = scores[np.arange(len(scores)), targets]
+    return np.array([_threshold(own[targets == number], coverage) for number in range(scores.shape[1])]) if by_class else _threshold(own, coverage)
 
 
 def conformal_sets(
-    predictions: pd.DataFrame,  # the predictions table of the test split, with scores
-    threshold: float,           # of `conformal_threshold`
+    predictions: pd.DataFrame,      # the predictions table of the test split, with scores
+    threshold: float | np.ndarray,  # of `conformal_threshold`
 ) -> pd.DataFrame:              # `item_id`, `classes` joined by a vertical bar, `size`, `holds`: is the right one in it?
     "The set of classes of each item."
     scores, targets = _probabilities(predictions)
     inside, classes = scores >= threshold, np.array(classes_of(predictions), dtype=object)
     return pd.DataFrame({"item_id": predictions["item_id"].to_numpy(), "classes": ["|".join(classes[row]) for row in inside],
                          "size": inside.sum(axis=1), "holds": inside[np.arange(len(inside)), targets]})
+
+
+def class_coverage(
+    predictions: pd.DataFrame,  # the predictions table of the test split, with scores
+    sets: pd.DataFrame,         # of `conformal_sets`
+) -> pd.Series:                 # share by class, the lowest first
+    "How often the sets hold the right class, class by class."
+    return sets["holds"].groupby(predictions["target"].to_numpy()).mean().sort_values()
 
 # %% ../../nbs/52_eval.calibrate.ipynb #42534e98
 def rejection_curve(
@@ -154,7 +169,7 @@ def plot_rejection(
              title=f"Right in all: {all_of_them['accuracy']:.1%}, in the surest 80 %: {surest['accuracy']:.1%}")
     return axes
 
-# %% ../../nbs/52_eval.calibrate.ipynb #1c638935
+# %% ../../nbs/52_eval.calibrate.ipynb #77301d25
 def calibration_findings(
     valid: pd.DataFrame,  # the predictions table of the validation split, with scores
     test: pd.DataFrame,   # that of the test split
@@ -164,8 +179,10 @@ def calibration_findings(
     before, temperature = calibration_error(test), fit_temperature(valid)
     after, sets = calibration_error(scaled(test, temperature)), conformal_sets(test, conformal_threshold(valid, coverage))
     low, high = wilson_interval(sets["holds"].sum(), len(sets))
+    each = conformal_sets(test, conformal_threshold(valid, coverage, by_class=True))
+    least, mended = class_coverage(test, sets), class_coverage(test, each)
     curve = rejection_curve(test)
     surest = curve.iloc[int(np.ceil(0.8 * len(curve))) - 1]
     return [f"The expected calibration error is {before['value']:.3f} [{before['low']:.3f}, {before['high']:.3f}]; at the temperature {temperature:.2f}, chosen on the validation split, it is {after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}].",
-            f"Sets that shall hold the right class in {coverage:.0%} of the cases do so in {sets['holds'].mean():.1%} [{low:.1%}, {high:.1%}] of the test items, with {sets['size'].mean():.2f} classes in the mean; {(sets['size'] == 1).mean():.0%} of the items have a set of one class.",
+            f"Sets that shall hold the right class in {coverage:.0%} of the cases do so in {sets['holds'].mean():.1%} [{low:.1%}, {high:.1%}] of the test items, with {sets['size'].mean():.2f} classes in the mean; {(sets['size'] == 1).mean():.0%} of the items have a set of one class. Least covered is {least.index[0]}, in {least.iloc[0]:.0%}; with a threshold for each class no class is below {mended.iloc[0]:.0%}, with {each['size'].mean():.2f} classes in the mean.",
             f"The surest 80 % of the answers are right in {surest['accuracy']:.1%} [{surest['low']:.1%}, {surest['high']:.1%}] of the cases, all of them in {curve['accuracy'].iloc[-1]:.1%}."]

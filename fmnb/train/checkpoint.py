@@ -159,7 +159,7 @@ def compare_nested(
     elif there != here:
         yield f"{name.removesuffix(' of identity').removesuffix(' of model')} is {there} there and {here} here"
 
-# %% ../../nbs/33_train.checkpoint.ipynb #a61bd833
+# %% ../../nbs/33_train.checkpoint.ipynb #c3a7f7c2
 class EpochCheckpoints(Callback):
     "Write a checkpoint at the start, and after epochs."
     order = 100
@@ -168,9 +168,10 @@ class EpochCheckpoints(Callback):
         self,
         file: str | Path,      # to write
         minutes: float = 0.0,  # at least so many between two
-        epochs: int = 0,       # of the whole training, after which there is nothing to go on with; 0 = not known
+        epochs: int = 0,       # of the whole training; 0 = not known
+        last: bool = False,    # after the last epoch too?
     ):
-        self.file, self.minutes, self.epochs = Path(file), minutes, epochs
+        self.file, self.minutes, self.epochs, self.last = Path(file), minutes, epochs, last
 
     def before_fit(self):
         if states := vars(self.dls.train).pop("pending_states", None):
@@ -180,7 +181,11 @@ class EpochCheckpoints(Callback):
         self.last_time = time.monotonic()
 
     def after_epoch(self):
-        if time.monotonic() - self.last_time >= 60 * self.minutes and len(self.learn.state.rounds) != self.epochs:
+        if self.last if len(self.learn.state.rounds) == self.epochs else time.monotonic() - self.last_time >= 60 * self.minutes:
+            self.write()
+
+    def after_cancel_fit(self):
+        if self.last:
             self.write()
 
     def write(self):

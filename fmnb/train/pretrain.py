@@ -181,13 +181,14 @@ def set_out(
         total = max(1, int(seconds / (step + validation / settings.round_steps) if settings.round_steps else (seconds - rounds * validation) / step))
     learn.state.total, learn.state.round_steps = total, settings.round_steps or math.ceil(total / rounds)
 
-# %% ../../nbs/35_train.pretrain.ipynb #1fc9d643
+# %% ../../nbs/35_train.pretrain.ipynb #783f67f3
 def pretrain(
     learn: StepLearner,                # of `make_learner`, with an objective as its model and streams as its data
     settings: PretrainSettings,        # of `choose_pretraining`
     folder: str | Path | None = None,  # where the checkpoint is, and goes when all is done; None = no checkpoint
     probe: Callable[[nn.Module], float] | None = None,   # asked after each round, for the history
     save: Callable[[StepLearner], None] | None = None,   # writes the trained model
+    keep: bool = False,                # leave the checkpoint of the finished training, from which it is taken up again at once
 ) -> StepLearner:                      # trained
     "Pretrain, or go on where an interrupted pretraining stopped. Raises `RunError` where the folder holds one of other settings or data."
     configure(learn, settings)
@@ -207,6 +208,6 @@ def pretrain(
         learn.first_epoch = 0
     if save:
         save(learn)
-    if file:
+    if file and not keep:
         file.unlink(missing_ok=True)
     return learn
