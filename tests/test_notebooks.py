@@ -15,7 +15,7 @@ import pytest
 from conftest import BENCHMARKS, NOTEBOOKS, REPORTS, ROOT, code_cells, notebook_id
 from fmnb.config import Config, parameter_table
 from execnb.shell import CaptureShell
-from fmnb.run.execute import read_parameters
+from fmnb.run.parameters import read_parameters
 
 BIN = Path(sys.executable).parent
 DEBRIS = re.compile(r"Warning:|Traceback|it/s\]|\r")
@@ -110,8 +110,8 @@ def test_report_parameters(path):
     source = next(cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", []))
     types = {row["name"]: row["type"] for row in parameter_table()}
     assert 0 < len(declared) <= 14 and set(declared) <= set(types)
-    for name, default in declared.items():
-        assert default == getattr(Config(), name)
+    for name, parameter in declared.items():
+        assert parameter.default == getattr(Config(), name)
     for node in ast.parse(source).body:
         assert node.annotation.id == types[node.target.id]
     assert all("#" in line for line in source.splitlines() if line.strip())

@@ -37,7 +37,7 @@ def begin(*words) -> subprocess.Popen:
 
 def test_four_processes_on_one_folder(tmp_path):
     """One works, three are told so."""
-    path = report(tmp_path, "import time; time.sleep(6)", "run.finish()")
+    path = report(tmp_path, "import time; time.sleep(4)", "run.finish()")
     processes = [begin(path, "--out", tmp_path / "run") for _ in range(4)]
     ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
     assert sorted(status for _, status in ends) == [0, 2, 2, 2]
@@ -166,7 +166,7 @@ def test_papermill_with_our_engine_refuses_too(tmp_path):
     path = report(tmp_path, "1 / 0")
     begin = time.monotonic()
     with pytest.raises(ConfigError, match="Did you mean 'seed'"):
-        papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"sed": 1}, engine_name="fmnb", progress_bar=False)
+        papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"sed": 1}, engine_name="fmnb", kernel_name="python3", progress_bar=False)
     assert time.monotonic() - begin < 60 and not (tmp_path / "run").exists()
 
 

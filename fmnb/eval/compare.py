@@ -58,7 +58,7 @@ def compare(
     differences = holm([paired_difference(predictions[best], table, (best, name)) for name, table in predictions.items() if name != best])
     return sorted(differences, key=lambda difference: difference.value)
 
-# %% ../../nbs/53_eval.compare.ipynb #d716fdb5
+# %% ../../nbs/53_eval.compare.ipynb #aa29de16
 FAMILY_NAMES = {"cnn": "CNN", "rnn": "RNN", "transformer": "Transformer"}
 IN_WORDS = {"f1_macro": "macro F1", "r2": "R²"}  # other metrics are called by their column
 
@@ -77,7 +77,7 @@ def verdict(
     best, metric = differences[0].better, IN_WORDS.get(differences[0].metric, differences[0].metric)
     apart = [d for d in differences if d.told_apart]
     close = [d for d in differences if not d.told_apart]
-    by = ", ".join(f"{d.value:.3f} [{d.low:.3f}, {d.high:.3f}] over {_listed([d.other])}" for d in apart)
+    by = ", ".join(f"{d.value:.3f} [{d.low:.3f}, {d.high:.3f}] over {_listed([d.other])} (p {'<' if d.p_value < 0.001 else '='} {max(d.p_value, 0.001):.3f})" for d in apart)
     head = f"On these {n_items:,} test items "
     if not apart:
         return (f"{head}{_listed([best, *(d.other for d in close)])} cannot be told apart: {_listed([best])} has the highest {metric}, "

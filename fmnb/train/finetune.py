@@ -64,7 +64,7 @@ def freeze(
         for parameter in (parameter for module in modules for parameter in module.parameters()):
             parameter.requires_grad_(rate > 0 and id(parameter) in learn.trainable)
 
-# %% ../../nbs/35_train.finetune.ipynb #9bd423cb
+# %% ../../nbs/35_train.finetune.ipynb #3e3dc067
 MEASURED = ("learning_rate", "epochs", "recipe")  # the parameters that are found by measuring
 
 
@@ -74,7 +74,7 @@ def _read_defaults(file: Path, config: Config) -> tuple[Config, RangeTest | None
     found = kept["range_test"] and RangeTest(**kept["range_test"] | {"curve": pd.DataFrame(kept["range_test"]["curve"]), "allowed": tuple(kept["range_test"]["allowed"])})
     return replace(config, **kept["found"]), found
 
-
+# %% ../../nbs/35_train.finetune.ipynb #648d68dc
 def measure_defaults(
     learn: StepLearner,  # left as it is
     config: Config,      # after `choose_defaults`
