@@ -47,7 +47,7 @@ def changes(
         elif old != new:
             yield f"{name}: {old or 'none'} then, {new or 'none'} now"
 
-# %% ../../nbs/59_run.rerun.ipynb #f3bf572f
+# %% ../../nbs/59_run.rerun.ipynb #fbeed080
 MEASURES_OF_TIME = ("seconds", "per_second", "memory", "throughput", "rate", "gflops", "share_of_peak")  # parts of a metric's name
 
 
@@ -79,7 +79,7 @@ def same_predictions(
     most = np.nanmax(np.abs(old[scores].to_numpy(float) - new[scores].to_numpy(float))) if scores else 0.0
     return False, f"{other:,} of {len(old):,} predictions differ, and scores by at most {most:.2g}."
 
-
+# %% ../../nbs/59_run.rerun.ipynb #9a3e131e
 def same_results(
     before: Run,        # finished
     after: Run,         # finished

@@ -103,7 +103,7 @@ def fingerprint(
     except TypeError as error:
         raise RunError(f"What goes into a stage must be a table, a model, or plain values, and {type(value).__name__} is none ({error})") from None
 
-# %% ../../nbs/41_run.stage.ipynb #f2180488
+# %% ../../nbs/41_run.stage.ipynb #69f09ab5
 def _kept(file: Path, key: str) -> list[Any]:
     "What a stage has left, in a list; empty where it left nothing under this key, or something damaged."
     try:
@@ -132,7 +132,7 @@ def _keep(file: Path, key: str, value: Any) -> None:
         if old.name != held.get("table"):
             old.unlink()
 
-
+# %% ../../nbs/41_run.stage.ipynb #7a4da386
 def stage(
     run: Run,                  # of the report
     name: str,                 # of the stage, for the file; letters, digits, spaces, - and _
