@@ -79,7 +79,7 @@ def test_interrupted_and_gone_on(report, tmp_path):
         assert runs(tmp_path).set_index("run").loc["run", "status"] == "interrupted" and epochs_done(folder) > before
     with pytest.raises(RunError, match="only a finished run can be read"):
         open_run(folder)
-    with pytest.raises(RunError, match="holds an interrupted run with other parameters"):
+    with pytest.raises(RunError, match="holds a run with other parameters that was interrupted"):
         run(report, {"seed": 1}, folder, progress=False)
     for process in (begin(report, folder), whole):
         said = process.communicate(timeout=120)[1]
