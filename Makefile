@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## train and compare a CNN, an RNN and a Transformer on hand
 	$(BIN)/fmnb run compare --out runs/demo --overwrite
 
 test: $(INSTALLED)  ## notebooks in sync, clean and executed; contracts, workflows, reports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(INSTALLED)  ## fmnb and its peers in turn; keep the machine free meanwhile
 	for notebook in nbs/benchmarks/*.ipynb; do $(BIN)/fmnb run "$$notebook" --out "runs/bench/$$(basename "$$notebook" .ipynb)" --overwrite || exit 1; done

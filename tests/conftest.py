@@ -6,6 +6,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
+# Tests run side by side (`make test`): each worker, and what it starts, has its share of the processor's cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts))

@@ -82,7 +82,7 @@ def test_saved_model_predicts_the_same(finished):
     from fmnb.data.source import load_items
     from fmnb.data.split import split_items
     from fmnb.eval.predict import predict
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count())  # as the kernel had
     table = predict(load_model(finished.folder), make_loader(prepare(split_items(load_items("digits"))), "test"))
     saved = finished.predictions.query("split == 'test'").reset_index(drop=True)
     pd.testing.assert_frame_equal(table, saved, atol=1e-5)
