@@ -11,7 +11,8 @@ import pytest
 import torch
 from fmnb.core import RunError
 from fmnb.run.execute import run
-from fmnb.run.record import Run, open_run, runs
+from fmnb.run.record import Run, open_run
+from fmnb.run.table import runs_table
 from fmnb.train.checkpoint import CHECKPOINT, read_checkpoint
 from safetensors.torch import load_file
 
@@ -76,7 +77,7 @@ def test_interrupted_and_gone_on(report, tmp_path):
         time.sleep(0.1)
         process.send_signal(number)
         assert process.communicate(timeout=60)[1].endswith("fmnb: interrupted; the same command goes on from there\n") and process.returncode == 130
-        assert runs(tmp_path).set_index("run").loc["run", "status"] == "interrupted" and epochs_done(folder) > before
+        assert runs_table(tmp_path).set_index("run").loc["run", "status"] == "interrupted" and epochs_done(folder) > before
     with pytest.raises(RunError, match="only a finished run can be read"):
         open_run(folder)
     with pytest.raises(RunError, match="holds a run with other parameters that was interrupted"):

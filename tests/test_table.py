@@ -137,11 +137,11 @@ def test_another_program_s_status_is_no_run(tmp_path):
 
 
 def test_a_newer_version_is_listed_with_a_note(tmp_path):
-    make(tmp_path / "new", STATUS | {"version": 99})
-    make(tmp_path / "known", STATUS | {"version": 1})
-    make(tmp_path / "odd", STATUS | {"version": "2.0"})
+    make(tmp_path / "new", STATUS | {"format": 99})
+    make(tmp_path / "known", STATUS | {"format": 1})
+    make(tmp_path / "odd", STATUS | {"format": "2.0"})
     table = listed(tmp_path)
-    assert table.loc["new", "error"] == "written by a newer fmnb (version 99, known is 1)" and table.loc["new", "accuracy"] == 0.9
+    assert table.loc["new", "error"] == "written by a newer fmnb (format 99, known is 1)" and table.loc["new", "accuracy"] == 0.9
     assert table.loc["known", "error"] != table.loc["known", "error"] and (table["status"] == "finished").all()
 
 
@@ -316,7 +316,7 @@ def test_many_listings_while_runs_come_and_go(tmp_path):
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-    ["status", "started", "updated", "process", "error", "version", "parameters", "data", "seed", "report", "test", "accuracy", "value", "train_seconds"]) | st.text(), inner, max_size=4), max_leaves=12)
+    ["status", "started", "updated", "process", "error", "format", "parameters", "data", "seed", "report", "test", "accuracy", "value", "train_seconds"]) | st.text(), inner, max_size=4), max_leaves=12)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,8 @@ from fmnb.core import ConfigError, RunError
 from fmnb.model.store import load_model
 from fmnb.run.cli import main
 from fmnb.run.execute import run
-from fmnb.run.record import open_run, run_contents, runs
+from fmnb.run.record import open_run, run_contents
+from fmnb.run.table import runs_table
 
 FINETUNE = next(path for path in REPORTS if path.stem == "30_finetune")
 QUICK = {"epochs": 2, "learning_rate": 0.003}
@@ -95,7 +96,7 @@ def test_same_seed_same_predictions_other_seed_another_folder(finished, tmp_path
     first, second = (run("finetune", {**QUICK, "seed": seed, "epochs": 1}, progress=False) for seed in (0, 1))
     assert first.folder != second.folder and first.folder.parent == second.folder.parent == Path("runs")
     assert not first.predictions.equals(second.predictions)
-    listed = runs("runs")
+    listed = runs_table("runs")
     assert sorted(listed["seed"]) == [0, 1] and (listed["status"] == "finished").all() and listed["f1_macro"].notna().all()
 
 
@@ -174,7 +175,7 @@ def test_a_failure_half_way_keeps_error_and_notebook(parameters, message, tmp_pa
     assert status["status"] == "failed" and status["error"]
     notebook = nbformat.read(tmp_path / "run" / "report.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))
-    assert runs(tmp_path)["status"].tolist() == ["failed"]
+    assert runs_table(tmp_path)["status"].tolist() == ["failed"]
 
 
 def test_a_training_that_fails_half_way(tmp_path):

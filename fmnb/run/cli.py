@@ -32,7 +32,7 @@ def _say_where(finished: "Run") -> None:
     "Where a run's files lie."
     print(f"Run folder: {finished.folder}\nNotebook:   {finished.folder / 'report.ipynb'}\nIn a browser: {finished.folder / 'report.html'}")
 
-# %% ../../nbs/80_run.cli.ipynb #e9353468
+# %% ../../nbs/80_run.cli.ipynb #a82887ba
 def _rerun(arguments: argparse.Namespace) -> int:
     "`fmnb rerun RUN`: execute it once more, and say whether the result is the same."
     from fmnb.run.rerun import rerun
@@ -43,21 +43,22 @@ def _rerun(arguments: argparse.Namespace) -> int:
 
 def _runs(arguments: argparse.Namespace) -> None:
     "`fmnb runs`: the table of all runs below a folder."
-    from fmnb.run.table import export_table, format_table, runs_table
+    from fmnb.run.table import export_runs, format_runs, runs_table
     table = runs_table(arguments.root, arguments.where, arguments.sort)
     if arguments.export:
-        export_table(table, arguments.export)
-    print(format_table(table) if len(table) else f"There are no {'such ' * bool(arguments.where)}runs in {arguments.root}.")
+        export_runs(table, arguments.export)
+    print(format_runs(table) if len(table) else f"There are no {'such ' * bool(arguments.where)}runs in {arguments.root}.")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
     "`fmnb sweep FILE`: all runs of a grid; the exit status says whether one has failed."
     from fmnb.run.sweep import read_sweep, sweep
-    table = sweep(**read_sweep(arguments.file) | {"out": arguments.out} if arguments.out else read_sweep(arguments.file), jobs=arguments.jobs, retry=arguments.retry)
+    asked = read_sweep(arguments.file) | ({"out": arguments.out} if arguments.out else {})
+    table = sweep(**asked, jobs=arguments.jobs, retry=arguments.retry)
     print(table.to_string(index=False))
     return int((table["status"] != "finished").any())
 
-# %% ../../nbs/80_run.cli.ipynb #d742505e
+# %% ../../nbs/80_run.cli.ipynb #6e590fe2
 def _diff(arguments: argparse.Namespace) -> None:
     "`fmnb diff A B`: in what two runs differ."
     from fmnb.run.diff import diff_runs
@@ -67,10 +68,10 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     "`fmnb predict RUN DATA`: ask a trained model about new data."
     from fmnb.deploy.predict import load_predictor
-    from fmnb.run.table import export_table
+    from fmnb.run.table import export_runs
     table = load_predictor(arguments.run)(arguments.data)
     if arguments.out:
-        export_table(table, arguments.out)
+        export_runs(table, arguments.out)
         print(f"{len(table):,} predictions are in {arguments.out}.")
     else:
         print(table[[name for name in table if not name.startswith("score_")]].to_string(index=False, na_rep=""))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'KERNEL_SECONDS', 'READ', 'Run', 'provenance', 'RunWriter', 'adopted', 'artifact_hashes', 'changed_files',
            'run_contents', 'run_folder', 'run_request', 'is_interrupted', 'claim_folder', 'start_run', 'open_run',
-           'show', 'runs']
+           'show']
 
 # %% ../../nbs/40_run.record.ipynb #3a7729ec
 import datetime
@@ -360,31 +360,3 @@ def show(
     if browser:
         webbrowser.open(page.resolve().as_uri())
     return page
-
-# %% ../../nbs/40_run.record.ipynb #1da37406
-def runs(
-    root: str | Path = "runs",  # the folder to look in, at any depth
-) -> pd.DataFrame:              # one row a run, newest first
-    "All runs below a folder: what was run, how it ended and the test metrics."
-    def read(path):
-        try:
-            return read_json(path) if path.exists() else {}
-        except RunError as error:
-            return {"status": "unreadable", "error": str(error)}
-    rows = []
-    for path in sorted(Path(root).rglob("status.json")):
-        status, config, metrics = (read(path.with_name(name)) for name in ("status.json", "config.json", "metrics.json"))
-        if not isinstance(status, dict) or "status" not in status:
-            continue
-        if status["status"] == "running" and is_interrupted(status):
-            status |= {"status": "interrupted", "error": "the process ended without a word"}
-        parameters, test = config.get("parameters", {}), metrics.get("test", {})
-        report = config.get("report")
-        rows.append({
-            "run": path.parent.relative_to(root).as_posix(), "report": report, "status": status["status"],
-            "data": parameters.get("data"), "family": parameters.get("family") if report in ("finetune", "pretrain") else None,
-            "seed": parameters.get("seed"), "started": status.get("started"),
-            **{name: test.get(name, {}).get("value") for name in ("accuracy", "f1_macro")},
-            "train_seconds": metrics.get("train_seconds"), "error": status.get("error")})
-    columns = ["run", "report", "status", "data", "family", "seed", "started", "accuracy", "f1_macro", "train_seconds", "error"]
-    return pd.DataFrame(rows, columns=columns).sort_values("started", ascending=False, ignore_index=True)
