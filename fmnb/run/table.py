@@ -164,7 +164,7 @@ def _row(run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         **{name: _integer(facts.get(name)) for name in ("seed", "n_parameters")},
         **{name: _number(facts.get(name)) for name in (*SCORES, *LOSSES, "train_seconds")}}
 
-# %% ../../nbs/42_run.table.ipynb #ea53ed9b
+# %% ../../nbs/42_run.table.ipynb #154cd82f
 INDEX, INDEX_VERSION = ".index.sqlite", 1
 Known = dict[bytes, tuple[str, str]]  # path of a run: stamp of its files, its facts as JSON
 
@@ -197,7 +197,7 @@ def _write_index(file: Path, known: Known) -> None:
     except (sqlite3.Error, OSError):
         pass
 
-
+# %% ../../nbs/42_run.table.ipynb #760bf7ec
 def _gather(root: Path, index: bool) -> Iterator[dict[str, Any]]:
     "The rows of all runs below a folder; the index is not put into a Run folder."
     index = index and not (root / "status.json").exists()
