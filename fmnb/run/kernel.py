@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['notebook_imports', 'warm_kernels']
 
-# %% ../../nbs/42_run.kernel.ipynb #8f4911fc
+# %% ../../nbs/42_run.kernel.ipynb #4888fa53
 import ast
 import gc
 import importlib.util
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import write_json
+from .machine import package_versions
 from .parameters import report_paths
 
 # %% ../../nbs/42_run.kernel.ipynb #3ebec3f3
@@ -50,7 +51,20 @@ def notebook_imports(
                     statements |= dict.fromkeys(ast.unparse(node) for node in body)
     return list(statements)
 
-# %% ../../nbs/42_run.kernel.ipynb #6b6dacf8
+# %% ../../nbs/42_run.kernel.ipynb #9f6ea9fb
+def _inner_imports() -> list[str]:
+    "The import statements inside the functions of fmnb's loaded modules, and of PyTorch's optimizers."
+    from importlib.metadata import packages_distributions
+    distributions, required = packages_distributions(), set(package_versions())
+    statements = ["import torch._dynamo"] if "torch" in sys.modules else []
+    for path in [module.__file__ for name, module in sys.modules.items() if name.startswith("fmnb.")]:
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(required.intersection(distributions.get(name.partition(".")[0], ())) for name in names):
+                statements.append(ast.unparse(node))
+    return list(dict.fromkeys(statements))
+
+# %% ../../nbs/42_run.kernel.ipynb #576a4486
 def _import_all(statements: Iterable[str]) -> None:
     "Execute import statements as if in a kernel; one that fails will fail in the notebook, where it can be read."
     import builtins
@@ -61,9 +75,10 @@ def _import_all(statements: Iterable[str]) -> None:
     shell = ZMQInteractiveShell.__new__(ZMQInteractiveShell)
     shell.kernel = None
     builtins.get_ipython = lambda: shell
-    for statement in statements:
-        with suppress(Exception, SystemExit):
-            exec(statement, {})
+    for listed in (lambda: statements, _inner_imports):  # the second can be known only after the first
+        for statement in listed():
+            with suppress(Exception, SystemExit):
+                exec(statement, {})
     del builtins.get_ipython
 
 
