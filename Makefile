@@ -7,7 +7,7 @@ README := README.md
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test bench lab export notebooks readme clean
+.PHONY: help install demo test bench lab export notebooks readme docs clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -44,6 +44,13 @@ notebooks: $(INSTALLED)  ## execute all notebooks but the reports in place, so t
 readme: $(INSTALLED)  ## write README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --RegexRemovePreprocessor.patterns='["#\\|\\s*hide"]' nbs/index.ipynb \
 		| sed 's#](images/#](nbs/images/#g' > $(README)
+
+docs: $(VENV)/.docs  ## the site, from the notebooks as they stand: _docs/index.html
+	$(BIN)/python docs/build.py
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[docs]"
+	@touch $@
 
 clean:  ## remove what can be made again, except for runs/
 	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache
