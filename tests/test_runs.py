@@ -166,7 +166,7 @@ def test_papermill_with_our_engine_refuses_too(tmp_path):
     path = report(tmp_path, "1 / 0")
     begin = time.monotonic()
     with pytest.raises(ConfigError, match="Did you mean 'seed'"):
-        papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"sed": 1}, engine_name="fmnb", kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"sed": 1}, engine_name="fmnb", kernel_name="python3", language="python", progress_bar=False)
     assert time.monotonic() - begin < 60 and not (tmp_path / "run").exists()
 
 

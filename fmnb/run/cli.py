@@ -96,7 +96,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from fmnb.run.record import show
     print(show(arguments.run, not arguments.no_browser))
 
-# %% ../../nbs/80_run.cli.ipynb #5228444a
+# %% ../../nbs/80_run.cli.ipynb #fbe588f5
 def _add_run(commands: "argparse._SubParsersAction") -> None:
     "The words of `fmnb run`."
     run = commands.add_parser("run", add_help=False, help="execute a report into a run folder, or go on with one")
@@ -107,7 +107,7 @@ def _add_run(commands: "argparse._SubParsersAction") -> None:
     run.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
     run.add_argument("--resume", metavar="DIR", help="go on with a run that ended early, with its own parameters")
     run.add_argument("--cell-minutes", type=float, default=0.0, metavar="MINUTES", help="end the run where a cell takes longer (default: never)")
-    run.add_argument("--track", default="", metavar="NAMES", help="log the training to tensorboard, mlflow, or both, separated by a comma")
+    run.add_argument("--track", default="", choices=("tensorboard", "mlflow", "tensorboard,mlflow"), help="follow the training there as well")
     run.add_argument("-h", "--help", action="store_true", help="show this, or with REPORT its parameters")
     run.set_defaults(call=_run, parser=run)
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Request', 'notebook_hash', 'make_request', 'run', 'resume', 'read_asked', 'working_folder']
 
-# %% ../../nbs/41_run.execute.ipynb #d85e02e5
+# %% ../../nbs/41_run.execute.ipynb #b4b8f9e9
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def _execute(request: Request, started: RunWriter, progress: bool, cell_minutes:
             request.path, started.folder / "report.ipynb", parameters=request.values(), engine_name=ENGINE, kernel_name=kernel, language="python",
             progress_bar=progress, execution_timeout=round(60 * cell_minutes) or None, extra_arguments=["--IPKernelApp.log_level=50"])
 
-# %% ../../nbs/41_run.execute.ipynb #5d8785ff
+# %% ../../nbs/41_run.execute.ipynb #57c727b4
 def _interrupted(error: BaseException) -> bool:
     "Was it Ctrl-C, here or in the kernel?"
     return not isinstance(error, Exception) or _reason(error).startswith("KeyboardInterrupt")
@@ -214,8 +214,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _record_failure(started: RunWriter, error: BaseException) -> None:
-    "Write how a run ended; on a full disk this may fail as well, and the first error is what counts."
-    try:
+    "Write how a run ended, and the page of what was executed; on a full disk this may fail as well, and the first error is what counts."
+    with suppress(OSError, ValueError):
         started.write_status("interrupted" if _interrupted(error) else "failed", error=_reason(error))
-    except OSError:
-        pass
+        if isinstance(error, Exception) and (started.folder / "report.ipynb").exists():
+            write_html(started.folder / "report.ipynb", started.folder / "report.html")
