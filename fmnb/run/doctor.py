@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from ..core import cache_dir
 from .machine import hardware
 
-# %% ../../nbs/56_run.doctor.ipynb #48af4181
+# %% ../../nbs/56_run.doctor.ipynb #fa94bdeb
 EXTRAS = {  # what each extra is for
     "hub": "pretrained models of timm and Hugging Face, data sets of the hub", "lora": "the recipe lora", "tune": "hyper-parameter search", "explain": "what a model looks at, in the report evaluate",
     "diff": "code in `fmnb diff`", "track": "TensorBoard and MLflow", "deploy": "export to ONNX", "docs": "building the documentation",
@@ -52,7 +52,7 @@ def package_rows() -> Iterator[tuple[str, str, str]]:
         own = [one for one in required if one.marker is not None and re.search(rf"""extra == ['"]{name}['"]""", str(one.marker))]
         absent = _wanting(own)
         if own:
-            yield f"extra {name}: {purpose}", "; ".join(absent) or "installed", f"pip install 'fmnb[{name}]' if you want it" if absent else ""
+            yield f"extra {name}", f"{purpose}: {'; '.join(absent) or 'installed'}", f"pip install 'fmnb[{name}]' if you want it" if absent else ""
 
 # %% ../../nbs/56_run.doctor.ipynb #6b6e7fd3
 def machine_rows() -> Iterator[tuple[str, str, str]]:
