@@ -208,8 +208,14 @@ def test_runs_that_did_not_finish_are_compared_too(tmp_path, two):
     only(found, "failed has no predictions that could be read")
 
 
+def test_cells_of_different_reports_are_not_compared(tmp_path):
+    found = diff_runs(make(tmp_path / "a"), make(tmp_path / "b", config={"report": "pretrain"}, cells=["other()"]))
+    assert found.cells == [] and "No cells were compared, since the runs are of different reports." in found.notes
+    assert found.settings.iloc[0].tolist() == ["report", "report", "finetune", "pretrain"]
+
+
 def test_uncommitted_changes_are_said(tmp_path):
-    config = {"git": {"commit": "1f3", "dirty": True}}
+    config = {"report": "finetune", "git": {"commit": "1f3", "dirty": True}}
     assert any("Files differed from the git commit" in note for note in diff_runs(make(tmp_path / "a"), make(tmp_path / "b", config=config)).notes)
 
 
@@ -222,7 +228,7 @@ def test_runs_of_the_same_name_are_called_by_their_paths(tmp_path):
 
 def test_hostile_contents_are_shown_harmlessly(tmp_path):
     nasty = "<script>alert(1)</script>\x1b[31m\u202e\n"
-    config = {"parameters": {nasty: nasty, "seed": 1}, "git": {"commit": nasty, "dirty": True}}
+    config = {"report": "finetune", "parameters": {nasty: nasty, "seed": 1}, "git": {"commit": nasty, "dirty": True}}
     make(tmp_path / "a", predicted(0))
     make(tmp_path / "<b>\x1b[2J", predicted(1), config, [*CELLS, nasty])
     found = diff_runs(tmp_path / "a", tmp_path / "<b>\x1b[2J")

@@ -202,7 +202,7 @@ def _rounded(value: float) -> str:
     "A number as text; empty where there is none."
     return "" if pd.isna(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
-# %% ../../nbs/58_run.diff.ipynb #03ce8851
+# %% ../../nbs/58_run.diff.ipynb #2a44ea92
 def _named(folders: list[Path]) -> tuple[str, str]:
     "What to call two runs: their folders' names, and where these are the same their paths."
     names = [printable(folder.resolve().name) for folder in folders]
@@ -227,6 +227,8 @@ def diff_runs(
         notes.append("Files differed from the git commit, so the same commit need not mean the same code.")
     (metrics, untested), cells = compared_metrics(*runs, names), []
     try:
+        if configs[0].get("report") != configs[1].get("report"):
+            raise RunError("the runs are of different reports")
         cells = differing_cells(*(folder / "report.ipynb" for folder in folders))
     except RunError as error:
         notes.append(f"No cells were compared, since {error}.")
