@@ -39,7 +39,18 @@ def _flat(values: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]
         elif value not in ("", None):
             yield f"{name}{key}", value if isinstance(value, (bool, int, float, str)) else str(value)
 
-# %% ../../nbs/36_train.track.ipynb #20d56cad
+# %% ../../nbs/36_train.track.ipynb #ff9610f3
+def _begin(tracker: "Tracker") -> None:
+    "Open a tracker for a training, or for another stage of it."
+    learn, state = tracker.learn, tracker.learn.state
+    if tracker.begun is None:
+        parameters = getattr(learn, "identity", {}) | {"precision": state.precision, "n_trained": state.n_trained}
+        tracker.n_rows, tracker.begun = len(state.rounds), (dict(_flat(parameters)), state.step)
+        _flush(tracker)
+    elif tracker.opened:
+        _attempt(tracker, tracker.reopen)
+
+
 def _flush(tracker: "Tracker") -> None:
     "Let a tracker write what it has collected, after opening it where that is yet to be done."
     tracker.written = time.monotonic()
@@ -67,7 +78,7 @@ def _attempt(tracker: "Tracker", action: Callable[..., None], *arguments: Any) -
         set_random_states(**states)
     return True
 
-# %% ../../nbs/36_train.track.ipynb #0b4defc6
+# %% ../../nbs/36_train.track.ipynb #7c640eb8
 class Tracker(Callback):
     "Follow a training; subclasses say how to `open`, `write` and `close`."
     order = 65  # after the history, before what may end the training
@@ -93,13 +104,8 @@ class Tracker(Callback):
         "The training, or a stage of it, has ended."
 
     def before_fit(self):
-        learn, state = self.learn, self.learn.state
-        self.run = not hasattr(learn, "lr_finder")  # fastai's range test is no training
-        if self.run and self.begun is None:
-            self.n_rows, self.begun = len(state.rounds), (dict(_flat(getattr(learn, "identity", {}) | {"precision": state.precision, "n_trained": state.n_trained})), state.step)
-            _flush(self)
-        elif self.run and self.opened:
-            _attempt(self, self.reopen)
+        self.run = not hasattr(self.learn, "lr_finder")  # fastai's range test is no training
+        _begin(self) if self.run else None
 
     def after_batch(self):
         state = self.learn.state
@@ -109,12 +115,10 @@ class Tracker(Callback):
                 _flush(self)
 
     def after_epoch(self):
-        rounds, step = self.learn.state.rounds, self.learn.state.step
-        for row in rounds[self.n_rows:]:
-            self.points += _numbers({name: value for name, value in row.items() if name != "step"}, "history", step)
-        if len(rounds) > self.n_rows:
-            self.n_rows = len(rounds)
+        for row in self.learn.state.rounds[self.n_rows:]:  # none after a mere validation
+            self.points += _numbers({name: value for name, value in row.items() if name != "step"}, "history", self.learn.state.step)
             _flush(self)
+        self.n_rows = len(self.learn.state.rounds)
 
     def after_fit(self):
         _flush(self)
@@ -209,7 +213,7 @@ class MLflowTracker(Tracker):
         "Mark the run as finished."
         self.client.set_terminated(self.run_id)
 
-# %% ../../nbs/36_train.track.ipynb #9504479f
+# %% ../../nbs/36_train.track.ipynb #4c707819
 class HasFolder(Protocol):
     "A Run, as far as it is needed here."
     folder: Path
@@ -239,7 +243,7 @@ def trackers(
             raise ConfigError(f"The tracker {name} needs the package {name}, which is not installed; install it with: pip install 'fmnb[track]'")
     return [TRACKERS[name](run) for name in wanted]
 
-
+# %% ../../nbs/36_train.track.ipynb #55c0ebeb
 def run_trackers(
     run: HasFolder,  # the Run
 ) -> list[Callback]:
