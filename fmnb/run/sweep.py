@@ -362,7 +362,7 @@ def _write_table(plan: Sequence[SweepRun], found: Mapping[str, Mapping[str, Any]
         table.to_csv(temporary, index=False)
     return table
 
-# %% ../../nbs/43_run.sweep.ipynb #8dfd2f77
+# %% ../../nbs/43_run.sweep.ipynb #478e5ef0
 def _keep_failure(folder: Path, error: str, died: bool) -> None:
     "Record a failure that the run could not record itself, because it had not begun or its process `died`."
     state = _read_run(folder)["status"]
@@ -372,9 +372,11 @@ def _keep_failure(folder: Path, error: str, died: bool) -> None:
         RunWriter(folder).write_status("failed", error=error, process=os.getpid(), **begun)
 
 
-def _cores() -> int:
-    "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _share(jobs: int) -> int:
+    "Threads of each run: its share of the cores that this process may use, and no more than OMP_NUM_THREADS where that is set."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores // jobs, int(most) if most.isdecimal() else cores))
 
 
 def _question(report: str | Path, parameters: Mapping[str, Any], plan: Sequence[SweepRun]) -> dict[str, Any]:
@@ -413,12 +415,12 @@ def sweep(
             table = _write_table(plan, found, folder)
     return table
 
-# %% ../../nbs/43_run.sweep.ipynb #1963a065
+# %% ../../nbs/43_run.sweep.ipynb #512d5f95
 def _run_all(report: str | Path, left: Sequence[SweepRun], found: dict[str, dict[str, Any]], folder: Path, lock: int,
              jobs: int, progress: bool, warm: bool, save: Callable[[], Any]) -> None:
     "Execute what is left; keep in `found` what each run came to."
     from tqdm import tqdm
-    threads = max(1, _cores() // jobs)
+    threads = _share(jobs)
     kernels = warm_kernels(threads, notebook_imports([find_report(report)])) if warm else nullcontext("python3")
     with kernels as kernel, tqdm(total=len(found), initial=len(found) - len(left), unit="run", disable=None if progress else True) as bar:
         def done(number, answer):
