@@ -1,4 +1,5 @@
 """Sphinx: how pages become the site. What settings.ini says is taken from there."""
+from functools import cache
 from pathlib import Path
 
 from docutils import nodes
@@ -30,7 +31,6 @@ myst_heading_anchors = 3
 
 # --- Names ---
 add_module_names = False
-python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 viewcode_follow_imported_members = False
 modindex_common_prefix = [f"{settings.lib_name}."]
@@ -57,11 +57,14 @@ html_theme_options = {
 
 def mathml(translator, node: nodes.Node) -> None:
     "Mathematics as MathML, which browsers draw themselves."
-    translator.body.append(convert(node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"))
+    is_block = isinstance(node, nodes.math_block)
+    formula = convert(node.astext(), display="block" if is_block else "inline")
+    translator.body.append(f'<div class="formula">{formula}</div>' if is_block else formula)
     raise nodes.SkipNode
 
 
-def exported_source(app, module: str):
+@cache
+def source_of(module: str) -> tuple[str, dict] | None:
     "The source of a module and where its names stand, without importing it."
     path = ROOT / f"{module.replace('.', '/')}.py"
     if not path.exists():
@@ -72,5 +75,6 @@ def exported_source(app, module: str):
 
 
 def setup(app) -> None:
+    "What Sphinx calls."
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
-    app.connect("viewcode-find-source", exported_source)
+    app.connect("viewcode-find-source", lambda app, module: source_of(module))

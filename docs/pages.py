@@ -161,13 +161,15 @@ def figure_text(
 
 
 def code_cell(cell: NotebookNode, page: Page, links: Links, alt: str) -> NotebookNode:
-    "A code cell: Quarto's directives become tags, figures get their text, markdown outputs their links."
+    "A code cell: Quarto's directives become tags; figures get their text, outputs in markdown their links."
     tags = [TAGS[found] for found in DIRECTIVE.findall(cell.source) if found in TAGS]
     cell.source = DIRECTIVE.sub("", cell.source)
     cell.metadata = NotebookNode(tags=[*cell.metadata.get("tags", []), *tags], mystnb={"image": {"alt": alt}})
     for output in cell.outputs:
         if "text/markdown" in output.get("data", {}):
-            output.data["text/markdown"] = links.text("".join(output.data["text/markdown"]), page)
+            output.data["text/markdown"] = links.text(output.data["text/markdown"], page)
+        if "text/html" in output.get("data", {}):  # the empty corner of a table of pandas is no heading
+            output.data["text/html"] = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", output.data["text/html"])
     return cell
 
 

@@ -1,5 +1,5 @@
 // What scrolls sideways can be reached with the keyboard.
-const scrolling = "pre, .table-wrapper, .cell_output .output, .cell_output > *, math[display=block]";
+const scrolling = "pre, .table-wrapper, .cell_output .output, .cell_output > *, .formula";
 
 function letKeyboardScroll() {
   for (const box of document.querySelectorAll(scrolling)) {
@@ -11,5 +11,12 @@ function letKeyboardScroll() {
   }
 }
 
+// The two columns beside the text have names.
+function nameColumns() {
+  document.querySelector(".sidebar-drawer")?.setAttribute("aria-label", "All pages");
+  document.querySelector(".toc-drawer")?.setAttribute("aria-label", "On this page");
+}
+
+addEventListener("load", nameColumns);
 addEventListener("load", letKeyboardScroll);
 addEventListener("resize", letKeyboardScroll);
