@@ -71,9 +71,9 @@ def _part(value: Any, name: str) -> Mapping[str, Any]:
     part = value.get(name) if isinstance(value, dict) else None
     return part if isinstance(part, dict) else {}
 
-# %% ../../nbs/42_run.table.ipynb #8e113dbd
+# %% ../../nbs/42_run.table.ipynb #2d0c7af0
 FILES = ("status.json", "config.json", "metrics.json")
-WITHOUT_RUNS = {"model", "training", "tracking"}  # folders inside a Run folder
+WITHOUT_RUNS = {"model", "training", "stages", "tracking"}  # folders inside a Run folder
 Found = dict[str, os.stat_result]  # those of `FILES` that are there
 
 
