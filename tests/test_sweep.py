@@ -19,6 +19,7 @@ from fmnb.run.kernel import notebook_imports, warm_kernels
 from fmnb.run.parameters import find_report
 from fmnb.run.record import open_run
 from fmnb.run.sweep import _lock, plan_sweep, sweep
+from jupyter_client.manager import start_new_kernel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 PARAMETERS = 'number: int = 0\ntext: str = ""\nseed: int = 0\nout: str = ""\noverwrite: bool = False'
@@ -212,6 +213,24 @@ def test_the_command(small, tmp_path, capsys):
     assert "finished" in said.out and "ValueError: no" in said.out
     small("pass")
     assert main(arguments) == 1 and main([*arguments, "--retry"]) == 0
+
+
+def test_a_warm_kernel_is_interrupted_and_ends_with_its_client():
+    """Ctrl-C reaches it by way of the client; when the client is killed, nothing that it stood for lives on."""
+    with warm_kernels(1, []) as name:
+        manager, client = start_new_kernel(kernel_name=name)
+        reply = client.execute("import os, subprocess, time; child = subprocess.Popen(['sleep', '600'])", user_expressions={"own": "os.getpid()", "child": "child.pid"}, reply=True, timeout=60)
+        own, child = (int(reply["content"]["user_expressions"][key]["data"]["text/plain"]) for key in ("own", "child"))
+        client.execute("print('begun'); time.sleep(60)")
+        while client.get_iopub_msg(timeout=60)["content"].get("text") != "begun\n":
+            pass
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=30)["content"]["ename"] == "KeyboardInterrupt"
+        assert own != manager.provisioner.process.pid and psutil.pid_exists(own) and psutil.pid_exists(child)
+        manager.provisioner.process.kill()
+        wait_for(lambda: not psutil.pid_exists(own) and not psutil.pid_exists(child), 30)
+        client.stop_channels()
+        manager.cleanup_resources()
 
 
 def test_imports_after_a_setting_are_left_to_the_kernel(small):
