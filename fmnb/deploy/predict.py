@@ -45,7 +45,7 @@ def new_items(
         raise DataError(f"The model takes {modality} data and these are {found} data; choose another model.")
     return items.drop(columns="label", errors="ignore").assign(split="train")
 
-# %% ../../nbs/70_deploy.predict.ipynb #b86f76bb
+# %% ../../nbs/70_deploy.predict.ipynb #22a3449f
 @dataclass(frozen=True)
 class Predictor:
     "A trained model, ready to be asked: `predictor(data)` gives a table."
@@ -61,7 +61,8 @@ class Predictor:
         asked = new_items(data, self.like["input_spec"]["modality"])
         kinds = ("unreadable", "empty")
         readable, refused = repair(asked, check(asked, kinds, near=False), kinds)
-        answers = asked[["item_id"]].assign(problem=asked["item_id"].map(dict(zip(refused["item_id"], refused["evidence"]))).fillna(""))
+        problems = dict(zip(refused["item_id"], refused["evidence"]))
+        answers = asked[["item_id"]].assign(problem=[problems.get(item_id, "") for item_id in asked["item_id"]])
         with tempfile.TemporaryDirectory() as folder:
             found = self._answers(prepare(readable, like=self.like, folder=Path(folder) / "prepared"), batch_size) if len(readable) else pd.DataFrame({"item_id": []})
         found = answers.merge(found, on="item_id", how="left")
