@@ -45,7 +45,7 @@ def new_items(
         raise DataError(f"The model takes {modality} data and these are {found} data; choose another model.")
     return items.drop(columns="label", errors="ignore").assign(split="train")
 
-# %% ../../nbs/70_deploy.predict.ipynb #22a3449f
+# %% ../../nbs/70_deploy.predict.ipynb #585e9c9e
 @dataclass(frozen=True)
 class Predictor:
     "A trained model, ready to be asked: `predictor(data)` gives a table."
@@ -54,9 +54,9 @@ class Predictor:
 
     def __call__(
         self,
-        data: Any,               # a source, a DataFrame, or a list of texts or of files
-        batch_size: int = 256,   # items at a time
-    ) -> pd.DataFrame:           # `item_id`, `prediction`, `confidence` with one class an item, one column `score_CLASS` a class, `problem` (empty = none)
+        data: Any,  # a source, a DataFrame, or a list of texts or of files
+        batch_size: int = 256,  # items at a time
+    ) -> pd.DataFrame:          # `item_id`, `prediction`, `confidence` with one class an item, one column `score_CLASS` a class, `problem` (empty = none)
         "Predict new items. Raises `DataError` where there are none, or of another modality."
         asked = new_items(data, self.like["input_spec"]["modality"])
         kinds = ("unreadable", "empty")
@@ -65,8 +65,7 @@ class Predictor:
         answers = asked[["item_id"]].assign(problem=[problems.get(item_id, "") for item_id in asked["item_id"]])
         with tempfile.TemporaryDirectory() as folder:
             found = self._answers(prepare(readable, like=self.like, folder=Path(folder) / "prepared"), batch_size) if len(readable) else pd.DataFrame({"item_id": []})
-        found = answers.merge(found, on="item_id", how="left")
-        return found[[*(name for name in found if name != "problem"), "problem"]]
+        return answers.merge(found, on="item_id", how="left").pipe(lambda table: table[[*table.columns.drop("problem"), "problem"]])
 
     @torch.inference_mode()
     def _answers(self, prepared: Prepared, batch_size: int) -> pd.DataFrame:
@@ -76,13 +75,14 @@ class Predictor:
         outputs = torch.cat([self.model(*inputs).float().cpu() for *inputs, _ in loader])
         predicted, described = self.model.head.predict(outputs.double()).numpy(), self.model.description
         classes, kind = described["classes"], described.get("problem_type", "single_label")
-        said = READINGS[kind](np.zeros(predicted.shape if kind == "multi_label" else len(predicted), dtype=float if kind != "single_label" else int), predicted, np.asarray(classes, dtype=object))[1]
+        unknown = np.zeros(predicted.shape if kind == "multi_label" else len(predicted), dtype=int)  # targets, which nobody has
+        said = READINGS[kind](unknown, predicted, np.asarray(classes, dtype=object))[1]
         table = pd.DataFrame({"item_id": prepared.item_ids[loader.dataset.positions], "prediction": said})
         if kind == "single_label":
             table["confidence"] = predicted.max(axis=1)
         return table.assign(**{f"score_{name}": predicted[:, number] for number, name in enumerate(classes)})
 
-
+# %% ../../nbs/70_deploy.predict.ipynb #c581df5c
 def load_predictor(
     folder: str | Path,        # a Run folder, or its model folder
     device: str = "",          # 'cpu', 'cuda', ...; empty = the best there is
