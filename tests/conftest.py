@@ -1,6 +1,8 @@
 """What all tests share: a cache of their own, the repository's paths, and notebooks as data."""
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -34,3 +36,22 @@ def cache(tmp_path_factory):
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `fmnb run` does: a busy machine does not stall the tests
     yield folder
     os.environ.pop("FMNB_CACHE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm(cache, tmp_path_factory):
+    """Side by side, each worker forks the kernels of its reports from one process that has imported what they import."""
+    if not os.environ.get("PYTEST_XDIST_WORKER") or sys.platform != "linux":
+        yield
+        return
+    from fmnb.run.kernel import warm_kernels
+    with warm_kernels(int(os.environ["OMP_NUM_THREADS"])):
+        kernels = Path(os.environ["JUPYTER_PATH"].split(os.pathsep)[0]) / "kernels"
+        shutil.copytree(kernels / "fmnb", kernels / "python3")  # what everything asks for
+        yield
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Ordinary kernels, for tests of kernels."""
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)

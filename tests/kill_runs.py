@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from fmnb.core import RunError
-from fmnb.run.record import open_run
+from fmnb.run.record import changed_files, open_run
 
 PARAMETERS = ["-p", "epochs", "4", "-p", "learning_rate", "0.003", "-p", "batch_size", "64"]
 KILLS_A_RUN = 5
@@ -80,10 +80,11 @@ def main(folder, kills, seed=0):
                 process.kill()
             process.wait()
             try:
-                open_run(out)
-                believed += 1
+                killed = open_run(out)
             except (RunError, FileNotFoundError):
-                pass
+                continue
+            believed += not (killed.predictions.equals(whole.predictions) and (out / "report.html").exists() and not changed_files(killed))
+            break  # it had just finished
         done = open_run(out)
         different += not done.predictions.equals(whole.predictions)
         left += len([path for path in out.rglob("*") if path.name.startswith(".") or path.name in ("training", "stages")])

@@ -1,12 +1,13 @@
 """Metrics agree with scikit-learn on tables of every kind; intervals and tests keep their promises; bad input is named."""
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torchmetrics.functional.classification as theirs
-from fmnb.core import ConfigError, DataError, FmnbError
+from fmnb.core import ConfigError, DataError, FmnbError, RunError, read_json, write_json
 from fmnb.data.source import keep_frame
 from fmnb.eval.calibrate import calibration_error, conformal_sets, conformal_threshold, fit_temperature, scaled
 from fmnb.eval.difference import check_same_items, paired_difference, ranking, seed_difference
@@ -208,13 +209,16 @@ def test_a_finished_run_is_evaluated_from_its_folder(finished, tmp_path):
 
 
 def test_an_edited_run_folder_is_seen(finished, tmp_path):
+    """By the hashes that a run keeps; where it kept none, by asking its model again."""
+    edited = shutil.copytree(finished[1].folder, tmp_path / "edited")
     table = finished[1].predictions
-    edited = table.assign(prediction=table["prediction"].where(table.index % 50 != 0, "7"))
-    edited.to_parquet(finished[1].folder / "predictions.parquet")
-    try:
-        done = run("evaluate", {"runs": str(finished[1].folder)}, tmp_path / "evaluated", progress=False)
-    finally:
-        table.to_parquet(finished[1].folder / "predictions.parquet")
+    table.assign(prediction=table["prediction"].where(table.index % 50 != 0, "7")).to_parquet(edited / "predictions.parquet")
+    with pytest.raises(RunError, match="predictions.parquet of run .* was changed after it had finished"):
+        open_run(edited)
+    status = read_json(edited / "status.json")
+    del status["artifacts"]
+    write_json(edited / "status.json", status)
+    done = run("evaluate", {"runs": str(edited)}, tmp_path / "evaluated", progress=False)
     assert "not what they were" in (done.folder / "report.html").read_text()
 
 

@@ -21,7 +21,7 @@ from fmnb.run.record import open_run
 from fmnb.run.sweep import _lock, plan_sweep, sweep
 from jupyter_client.manager import start_new_kernel
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc"), pytest.mark.usefixtures("cold")]
 PARAMETERS = 'number: int = 0\ntext: str = ""\nseed: int = 0\nout: str = ""\noverwrite: bool = False'
 START = "import os, signal, time\nfrom pathlib import Path\nfrom fmnb.config import config_from_notebook\nfrom fmnb.run.record import start_run"
 BEGIN = "run = start_run(config_from_notebook(globals()), 'small')"

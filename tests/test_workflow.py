@@ -215,7 +215,7 @@ def test_compare_texts_with_baseline(texts, tmp_path):
     assert "cannot be told apart" in done.metrics["findings"][0] or "macro F1" in done.metrics["findings"][0]
 
 
-def test_installed_wheel_in_an_empty_folder(tmp_path):
+def test_installed_wheel_in_an_empty_folder(tmp_path, cold):
     """Source distribution, wheel, empty folder: the templates travel in the package, nothing of the repository is needed."""
     source, wheels, site, empty = (tmp_path / name for name in ("source", "wheels", "site", "empty"))
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__"))
