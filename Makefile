@@ -17,7 +17,7 @@ install: $(INSTALLED)  ## create .venv and install fmnb with what its developers
 $(INSTALLED): settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "fmnb needs Python 3.11 or 3.12; install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev,hub,lora,explain,diff,track]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[dev,hub,lora,tune,explain,diff,track]"
 	@touch $@
 
 demo: $(INSTALLED)  ## train and compare a CNN, an RNN and a Transformer on handwritten digits

@@ -33,7 +33,7 @@ def _parameter(
     "A dataclass field that knows its limits."
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, many=many, first=first))
 
-# %% ../nbs/01_config.ipynb #9494cca1
+# %% ../nbs/01_config.ipynb #c0d9ce84
 @dataclass(frozen=True)
 class Config:
     "The resolved parameters of one run. Frozen: use `dataclasses.replace` for a changed copy."
@@ -59,6 +59,9 @@ class Config:
     learning_rate: float = _parameter(0.0, "peak learning rate; 0 = found by a range test", 0, 10)
     budget: float = _parameter(0.0, "minutes of training for each model, estimated before it starts by cutting the epochs; 0 = no limit", 0, 100_000)
     test_frac: float = _parameter(0.2, "share of the items held out for the test, from 0.01 to 0.8", 0.01, 0.8)
+    max_memory: float = _parameter(0.0, "GiB that a training may hold at once; 0 = no limit", 0, 100_000)
+    search_minutes: float = _parameter(1.0, "minutes that a search may take, of models or of hyper-parameters; 0 = no limit", 0, 100_000)
+    trials: int = _parameter(0, "trials of a search for hyper-parameters; 0 = as many as there is time for", 0, 100_000)
     evaluate_on: str = _parameter("", "labelled data, as for `data`, against which contamination is checked and on which the gain is measured; empty = the labels of `data` where it has any")
     seed: int = _parameter(0, "seed of initial weights, batches and augmentation; the split does not depend on it", 0, 2**31 - 1)
     runs: str = _parameter("", "run folders that were made before, separated by commas; empty = train first")
@@ -70,8 +73,9 @@ class Config:
         return dataclasses.asdict(self)
 
     def run_hash(self) -> str:
-        "Eight digits that differ where the result may differ: all parameters but `out` and `overwrite`."
-        return stable_hash({k: v for k, v in self.to_dict().items() if k not in ("out", "overwrite")}, length=8)
+        "Eight digits that differ where the result may differ: all parameters but `out` and `overwrite` that are not as they always are, so that a new parameter changes no hash."
+        usual = Config().to_dict()
+        return stable_hash({name: value for name, value in self.to_dict().items() if value != usual[name] and name not in ("out", "overwrite")}, length=8)
 
 # %% ../nbs/01_config.ipynb #54e9de02
 PARAMETER_NAMES = tuple(f.name for f in dataclasses.fields(Config))

@@ -30,8 +30,10 @@ def code_cells(path: Path):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Prepared data are made once for all tests, away from the user's cache; kernels inherit it."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Prepared data are made once for all tests and workers, away from the user's cache; kernels inherit it."""
+    side_by_side = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent / "cache" if side_by_side else tmp_path_factory.mktemp("cache")
+    folder.mkdir(exist_ok=True)
     os.environ["FMNB_CACHE"] = str(folder)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `fmnb run` does: a busy machine does not stall the tests
     yield folder

@@ -55,7 +55,7 @@ def test_images_of_ten_times_the_memory_pass(tmp_path):
 @needs_proc
 def test_texts_larger_than_the_memory_pass(tmp_path):
     """Tables above 64 MiB are read piece by piece; the tokenizer and its threads need memory of their own."""
-    words = np.random.default_rng(0).choice(["river", "stone", "garden", "winter", "letter", "market", "orange"], (16, 9000))
+    words = np.random.default_rng(0).choice([8 * word for word in ("river", "stone", "garden", "winter", "letter", "market", "orange")], (16, 1300))
     with open(tmp_path / "texts.csv", "w") as file:
         file.write("text,label\n")
         for number in range(3000):

@@ -47,11 +47,11 @@ def test_four_processes_on_one_folder(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and /proc")
 def test_killed_and_gone_on(tmp_path):
-    """`kill -9` of the command or of its kernel, at six moments; tests/kill_runs.py does the same as often as wanted."""
-    said = subprocess.run([sys.executable, Path(__file__).with_name("kill_runs.py"), tmp_path, "6"], capture_output=True, text=True, timeout=600)
+    """`kill -9` of the command or of its kernel, at four moments; tests/kill_runs.py does the same as often as wanted."""
+    said = subprocess.run([sys.executable, Path(__file__).with_name("kill_runs.py"), tmp_path, "4"], capture_output=True, text=True, timeout=600)
     assert said.returncode == 0, said.stderr
     found = json.loads(said.stdout.splitlines()[-1])
-    assert (found["different_predictions"], found["unfinished_but_believed"], found["left_over"]) == (0, 0, 0) and found["kills"] >= 5
+    assert (found["different_predictions"], found["unfinished_but_believed"], found["left_over"]) == (0, 0, 0) and found["kills"] >= 4
 
 
 def test_stages_follow_what_they_depend_on(tmp_path):

@@ -108,7 +108,7 @@ def _torchvision_files() -> list[str]:
     known, files = set(torchvision_names()), (Path(torch.hub.get_dir()) / "checkpoints").glob("*.pth")
     return [f"torchvision:{name}" for name in sorted({file.stem.rpartition("-")[0] for file in files}) if name in known]
 
-# %% ../../nbs/30_model.candidate.ipynb #8b05ab3a
+# %% ../../nbs/30_model.candidate.ipynb #31a3bc3e
 def trained_candidate(
     start_from: str,     # a run or model folder, timm:NAME, torchvision:NAME, hf:OWNER/NAME
     modality: str,       # of the data
@@ -133,7 +133,7 @@ def weights_at_hand(
             candidate = trained_candidate(place, modality)
         except (FmnbError, OSError, KeyError, ValueError, TypeError):  # other data, damaged, or of a kind unknown here
             continue
-        if candidate.family in set(families):
+        if candidate.family in set(families) and candidate.weights != "classifier":
             found.append(candidate)
     return found
 

@@ -62,7 +62,7 @@ def watched_memory(
     yield memory
     memory.peak = _resident("VmHWM") if told else None
 
-# %% ../../nbs/36_train.cost.ipynb #c5cf3c23
+# %% ../../nbs/36_train.cost.ipynb #f5ee3d36
 class _Clock(Callback):
     "Note when each training step ends; stop after some of them, or when time is up."
 
@@ -98,7 +98,7 @@ def timed_steps(
             probe.fit(2 + most // len(loader), 1e-6)
     return np.diff(clock.times)
 
-
+# %% ../../nbs/36_train.cost.ipynb #fa674691
 class _NoValidation(Callback):
     "Leave out the validation between the epochs."
     order = -100
@@ -119,7 +119,7 @@ def validation_seconds(
         probe.validate(dl=some)
         return (time.perf_counter() - begin) * len(loader) / max(1, len(some))
 
-# %% ../../nbs/36_train.cost.ipynb #6e6be6da
+# %% ../../nbs/36_train.cost.ipynb #5bff9ba1
 UNSEEN = 0.1  # share of the time that a short measurement cannot vouch for
 
 
@@ -160,7 +160,7 @@ class Cost:
         half = seconds * (self.unseen + 2 * self.spread)
         return seconds, max(0.0, seconds - half), seconds + half
 
-
+# %% ../../nbs/36_train.cost.ipynb #e463f573
 def measure_cost(
     learn: StepLearner,    # prepared as it will train: precision, what is frozen; left as it is
     seconds: float = 2.0,  # to measure for, at each batch size; three steps are taken in any case

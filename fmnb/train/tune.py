@@ -80,12 +80,17 @@ def with_values(
             texts[parameter] = ", ".join([*parts, f"{setting}={value:.4g}" if isinstance(value, float) else f"{setting}={value}"])
     return replace(config, **plain, **texts)
 
-# %% ../../nbs/37_train.tune.ipynb #06d1db99
+# %% ../../nbs/37_train.tune.ipynb #ab884f21
 def _distributions(space: Space) -> dict[str, Any]:
     "The space in Optuna's words."
     made = library("optuna", "Tuning", "train with the defaults").distributions
     return {name: made.CategoricalDistribution(part) if isinstance(part, tuple) else made.IntDistribution(int(part.low), int(part.high), log=part.log) if part.whole
             else made.FloatDistribution(part.low, part.high, log=part.log) for name, part in space.items()}
+
+
+def _lock(file: Path) -> FileLock:
+    "What a process holds while it takes a number."
+    return FileLock(file.with_name(f".{file.name}.lock"))
 
 
 def open_study(
@@ -103,7 +108,7 @@ def open_study(
     file.parent.mkdir(parents=True, exist_ok=True)
     asked = dict(subject=subject, space=stable_hash({name: repr(part) for name, part in space.items()}), cost=cost)
     try:
-        with FileLock(f"{file}.lock"):
+        with _lock(file):
             storage = optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}})
             pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1) if prune and not cost else optuna.pruners.NopPruner()
             study = optuna.create_study(storage=storage, pruner=pruner, study_name="fmnb", load_if_exists=True, directions=["maximize", "minimize"] if cost else ["maximize"])
@@ -120,7 +125,7 @@ def open_study(
         raise ConfigError(f"{file} is a study of {other}; choose another `out`, or set overwrite to begin anew.")
     return study
 
-# %% ../../nbs/37_train.tune.ipynb #f7c7b597
+# %% ../../nbs/37_train.tune.ipynb #5fc8f904
 def _alive(attributes: Mapping[str, Any]) -> bool:
     "Does the process that works at a trial still live? Of another machine's nothing is known."
     if attributes.get("host") != platform.node():
@@ -147,7 +152,7 @@ def _take_number(study: "optuna.Study", space: Space, file: Path, n_trials: int,
     "A new trial for this process; None where enough are made or the time is spent."
     import optuna
     from optuna.trial import TrialState
-    with FileLock(f"{file}.lock"):
+    with _lock(file):
         _give_up_orphans(study)
         trials = study.get_trials(deepcopy=False)
         counted = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)]
@@ -162,7 +167,7 @@ def _take_number(study: "optuna.Study", space: Space, file: Path, n_trials: int,
         trial.set_user_attr("host", platform.node())
         return trial
 
-# %% ../../nbs/37_train.tune.ipynb #d585e413
+# %% ../../nbs/37_train.tune.ipynb #d0d32d35
 Report = Callable[[int, float], None]  # of the epoch from 1 and its score; raises where the trial is to end
 TrainOnce = Callable[[dict[str, Any], Report], tuple[float, float]]
 
@@ -210,7 +215,7 @@ def _within(part: Range | tuple, value: Any) -> Any:
     "A default that a space may hold."
     return value if isinstance(part, tuple) else type(value)(np.clip(value, part.low, part.high)) if not part.whole else int(np.clip(value, part.low, part.high))
 
-
+# %% ../../nbs/37_train.tune.ipynb #1798ae72
 class ReportEpochs(Callback):
     "Tell a search the metric of each epoch, and let it end the training."
     order = 75  # after the history has its row
@@ -226,7 +231,7 @@ class ReportEpochs(Callback):
         if rounds and np.isfinite(rounds[-1]["metric"]):
             self.report(len(rounds), float(rounds[-1]["metric"]))
 
-# %% ../../nbs/37_train.tune.ipynb #0b5ac09b
+# %% ../../nbs/37_train.tune.ipynb #8d9b85a7
 def trials_table(
     study: "optuna.Study",
 ) -> pd.DataFrame:  # one row a trial: `trial`, `state`, `score` (of a pruned one, the last reported), `seconds`, a column a setting, `problem`
@@ -247,7 +252,7 @@ def best_values(
     best = max(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=lambda trial: (trial.values[0], -trial.number))
     return best.number, dict(best.params)
 
-
+# %% ../../nbs/37_train.tune.ipynb #ea443e0a
 def importances(
     study: "optuna.Study",
 ) -> dict[str, float]:  # share by name, the largest first; empty where there are too few trials
