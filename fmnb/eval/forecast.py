@@ -16,11 +16,26 @@ from matplotlib.figure import Figure
 
 from ..core import DataError
 
-# %% ../../nbs/51_eval.forecast.ipynb #b0d51220
-EXPONENTS = np.linspace(0.05, 1.5, 40)  # b
+# %% ../../nbs/51_eval.forecast.ipynb #47662286
+EXPONENTS = np.linspace(0.05, 1.5, 25)  # b
 JITTER = 0.06  # what another seed changes, as a share of sqrt(e (1 - e)): one point at 97 % right, three at 50 %
 
 
+_NORMAL = np.array([-1.6449, -1.0364, -0.6745, -0.3853, -0.1257, 0.1257, 0.3853, 0.6745, 1.0364, 1.6449])  # middles of ten equal parts
+
+
+def _deviation(errors: np.ndarray, n_scored: int | np.ndarray, jitter: float) -> np.ndarray:
+    "Standard deviation of a measured score about its curve."
+    chance = np.maximum(errors * (1 - errors), 1e-4)
+    return np.sqrt(chance * (jitter**2 + np.where(np.asarray(n_scored) > 0, 1 / np.maximum(n_scored, 1), 0)))
+
+
+def _quantiles(values: np.ndarray, weights: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
+    "Quantiles of weighted values."
+    order = np.argsort(values)
+    return values[order][np.minimum(np.searchsorted(np.cumsum(weights[order]) / weights.sum(), wanted), len(values) - 1)]
+
+# %% ../../nbs/51_eval.forecast.ipynb #63acd9b2
 @dataclass(frozen=True)
 class LearningCurve:
     "Power laws with their weights."
@@ -48,22 +63,7 @@ class LearningCurve:
         low, middle, high = _quantiles(draws.ravel(), np.repeat(self.weights, len(_NORMAL)), [(1 - level) / 2, 0.5, (1 + level) / 2])
         return tuple(float(np.clip(1 - error, 0, 1)) for error in (middle, high, low))
 
-
-_NORMAL = np.array([-1.6449, -1.0364, -0.6745, -0.3853, -0.1257, 0.1257, 0.3853, 0.6745, 1.0364, 1.6449])  # middles of ten equal parts
-
-
-def _deviation(errors: np.ndarray, n_scored: int | np.ndarray, jitter: float) -> np.ndarray:
-    "Standard deviation of a measured score about its curve."
-    chance = np.maximum(errors * (1 - errors), 1e-4)
-    return np.sqrt(chance * (jitter**2 + np.where(np.asarray(n_scored) > 0, 1 / np.maximum(n_scored, 1), 0)))
-
-
-def _quantiles(values: np.ndarray, weights: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
-    "Quantiles of weighted values."
-    order = np.argsort(values)
-    return values[order][np.minimum(np.searchsorted(np.cumsum(weights[order]) / weights.sum(), wanted), len(values) - 1)]
-
-
+# %% ../../nbs/51_eval.forecast.ipynb #b8d92e1b
 def fit_curve(
     n_items: Sequence[float],  # training items of each point, at least one
     scores: Sequence[float],   # in [0, 1]
@@ -78,7 +78,7 @@ def fit_curve(
     unit, scored = float(sizes.max()), np.broadcast_to(np.asarray(n_scored), len(errors))
     last = errors[sizes == unit].mean()
     top = min(1.0, last + 3 * float(_deviation(np.array(last), int(scored.max()), jitter)) + 0.01)
-    grid = np.meshgrid(np.linspace(0, top, 40), np.linspace(0, top, 60), EXPONENTS, indexing="ij")
+    grid = np.meshgrid(np.linspace(0, top, 30), np.linspace(0, top, 45), EXPONENTS, indexing="ij")
     floors, scales, exponents = (part.ravel() for part in grid)
     keep = floors + scales <= top
     floors, scales, exponents = floors[keep], scales[keep], exponents[keep]

@@ -81,7 +81,7 @@ def part_batch(
     "Items a step on a part: as on all the data, where that leaves four steps a pass."
     return max(min(batch_size, n_items // 4), min(batch_size, 4))
 
-# %% ../../nbs/57_eval.select.ipynb #8442a4bc
+# %% ../../nbs/57_eval.select.ipynb #afbda496
 @dataclass(frozen=True)
 class Fit:
     "One training on a part of the data."
@@ -109,7 +109,7 @@ class Climb:
         "Score, low and high to be expected of a candidate on all the data: measured there, or foretold."
         return self.curve(name).forecast(self.n_items, level, self.fits[name][-1].n_scored)
 
-
+# %% ../../nbs/57_eval.select.ipynb #c9769047
 def climb(
     names: Sequence[str],                  # the candidates, the most promising first
     fit: Callable[[str, int], Fit],        # trains a candidate on so many items
@@ -159,7 +159,7 @@ def _promising(names: list[str], found: Climb) -> list[str]:
     best = max(score for score, _, _ in expected.values())
     return sorted((name for name in names if expected[name][2] >= best), key=lambda name: -expected[name][0])
 
-# %% ../../nbs/57_eval.select.ipynb #4e29ce42
+# %% ../../nbs/57_eval.select.ipynb #81ed9f62
 def advice_table(
     found: Climb,                    # of `climb`
     seconds: Mapping[str, float],    # of the whole training, by name
@@ -175,22 +175,21 @@ def advice_table(
     table["reason"] = [f"Left out: {problems[name]}." if name in problems else _reason(name, row, table[table["score"].notna()]) for name, row in table.iterrows()]
     return table.rename_axis("candidate")
 
-
+# %% ../../nbs/57_eval.select.ipynb #248b2284
 def _reason(name: str, row: pd.Series, table: pd.DataFrame) -> str:
     "One sentence about a candidate that was trained."
     first = table.index[0]
     level = table[~table["separable"]]
-    if name == first and len(level) == 1:
-        return "The best, and told apart from all others."
     if name == first:
-        return f"The best expectation, but not separable within this budget from {len(level) - 1} other{'s' if len(level) > 2 else ''}."
-    behind = 100 * (table.loc[first, "score"] - row["score"])
+        others = f"{len(level) - 1} other{'s' if len(level) > 2 else ''}"
+        return "The best, and told apart from all others." if len(level) == 1 else f"The best expectation; not separable within this budget from {others}."
+    behind = f"{100 * (table.loc[first, 'score'] - row['score']):.1f} points behind"
     if row["separable"]:
-        return f"Expected {behind:.1f} points behind {first}."
-    cheap = f", and trains in {row['seconds'] / table.loc[first, 'seconds']:.0%} of its time" if row["seconds"] < 0.8 * table.loc[first, "seconds"] else ""
-    return f"Not separable from {first} within this budget ({behind:.1f} points behind){cheap}."
+        return f"{behind}."
+    share = row["seconds"] / table.loc[first, "seconds"]
+    return f"{behind}: not separable{f', in {share:.0%} of the time' if share < 0.8 else ''}."
 
-
+# %% ../../nbs/57_eval.select.ipynb #0fea110b
 def advise_choice(
     table: pd.DataFrame,  # of `advice_table`
     score_name: str = "macro F1",  # for the sentences

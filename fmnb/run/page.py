@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['write_html']
 
-# %% ../../nbs/38_run.page.ipynb #917de1df
+# %% ../../nbs/38_run.page.ipynb #5a29d2db
 import base64
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,21 @@ _TEMPLATE = """{%- extends 'display_priority.j2' -%}
 <div class="prose">{{ cell.source | markdown2html | strip_files_prefix }}</div>
 {%- endblock -%}"""
 
-# %% ../../nbs/38_run.page.ipynb #336e72a2
+# %% ../../nbs/38_run.page.ipynb #3e85cd43
+@cache
+def _exporter() -> "HTMLExporter":
+    "One for all pages of a process: to compile its template takes longer than to fill it."
+    from nbconvert import HTMLExporter
+    return HTMLExporter(template_name="basic", raw_template=_TEMPLATE, exclude_anchor_links=True, embed_images=True, optimistic_validation=True)
+
+
 def _render(
     cells: list["NotebookNode"],  # of `_shown_cells`
     folder: Path,                 # of the notebook, from which its images are taken
 ) -> str:
     "The cells as HTML, without a page around them."
-    from nbconvert import HTMLExporter
     from nbformat.v4 import new_notebook
-    exporter = HTMLExporter(template_name="basic", raw_template=_TEMPLATE, exclude_anchor_links=True, embed_images=True, optimistic_validation=True)
-    return exporter.from_notebook_node(new_notebook(cells=cells), {"metadata": {"path": str(folder)}})[0]
+    return _exporter().from_notebook_node(new_notebook(cells=cells), {"metadata": {"path": str(folder)}})[0]
 
 # %% ../../nbs/38_run.page.ipynb #9e54d4c8
 _HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]

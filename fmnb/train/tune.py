@@ -167,7 +167,12 @@ def _take_number(study: "optuna.Study", space: Space, file: Path, n_trials: int,
         trial.set_user_attr("host", platform.node())
         return trial
 
-# %% ../../nbs/37_train.tune.ipynb #d0d32d35
+# %% ../../nbs/37_train.tune.ipynb #99e3d23a
+def _within(part: Range | tuple, value: Any) -> Any:
+    "A default that a space may hold."
+    return value if isinstance(part, tuple) else type(value)(np.clip(value, part.low, part.high)) if not part.whole else int(np.clip(value, part.low, part.high))
+
+# %% ../../nbs/37_train.tune.ipynb #cd709c28
 Report = Callable[[int, float], None]  # of the epoch from 1 and its score; raises where the trial is to end
 TrainOnce = Callable[[dict[str, Any], Report], tuple[float, float]]
 
@@ -209,11 +214,6 @@ def search(
     if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
         problem = next((trial.user_attrs["problem"] for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("problem")), "none had the time")
         raise RunError(f"No trial was completed ({problem}); look at the first one's values.")
-
-
-def _within(part: Range | tuple, value: Any) -> Any:
-    "A default that a space may hold."
-    return value if isinstance(part, tuple) else type(value)(np.clip(value, part.low, part.high)) if not part.whole else int(np.clip(value, part.low, part.high))
 
 # %% ../../nbs/37_train.tune.ipynb #1798ae72
 class ReportEpochs(Callback):

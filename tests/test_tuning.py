@@ -1,0 +1,118 @@
+"""Searches that are killed, shared and refused."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fmnb.core import ConfigError, RunError
+from fmnb.train.tune import Range, open_study, search, trials_table
+
+SPACE = {"rate": Range(1e-4, 1e-1, log=True), "size": (8, 16)}
+CODE = """
+import os, sys, time
+from pathlib import Path
+from fmnb.train.tune import Range, open_study, search
+space = {"rate": Range(1e-4, 1e-1, log=True), "size": (8, 16)}
+file = Path(sys.argv[1])
+
+def train_once(values, report):
+    with open(file.with_suffix(".log"), "a") as log:
+        log.write(f"{os.getpid()} {values['rate']}\\n")
+    time.sleep(float(sys.argv[2]) if len(file.with_suffix(".log").read_text().splitlines()) != int(sys.argv[3]) else 60)
+    return values["rate"], 1.0
+
+search(open_study(file, space), file, space, train_once, {"rate": 0.01, "size": 8}, 8)
+"""
+
+
+def begin(file, seconds, hangs_at=0):
+    """A process that makes trials until there are eight; it hangs in one of them."""
+    return subprocess.Popen([sys.executable, "-c", CODE, file, str(seconds), str(hangs_at)], stderr=subprocess.PIPE, text=True)
+
+
+def begun(file):
+    log = file.with_suffix(".log")
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def finished(file):
+    table = trials_table(open_study(file, SPACE))
+    return table[table["state"].isin(["complete", "pruned"])]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_killed_search_loses_no_finished_trial(tmp_path):
+    file = tmp_path / "study.db"
+    process, until = begin(file, 0.05, hangs_at=4), time.monotonic() + 120
+    while len(begun(file)) < 4:
+        assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = finished(file)
+    assert len(before) == 3
+    search(open_study(file, SPACE), file, SPACE, lambda values, report: (values["rate"], 1.0), {"rate": 0.01, "size": 8}, 8)
+    after = finished(file)
+    assert len(after) == 8 and after[:3]["rate"].tolist() == before["rate"].tolist()
+    assert after["rate"].tolist()[0] == 0.01  # the defaults
+    assert after["rate"].tolist()[3] == pytest.approx(float(begun(file)[3][1]))  # what was being tried is tried again
+
+
+def test_two_processes_share_a_study(tmp_path):
+    file = tmp_path / "study.db"
+    processes = [begin(file, 0.4) for _ in range(2)]
+    for process in processes:
+        assert process.wait(120) == 0, process.stderr.read()
+    table = finished(file)
+    assert len(table) == 8 and table["rate"].nunique() == 8  # neither more than asked for, nor one twice
+    assert len({process for process, _ in begun(file)}) == 2
+
+
+@pytest.mark.parametrize("contents", [b"this is no database", b"SQLite format 3\0" + b"\xff" * 5000, None])
+def test_a_corrupt_file_is_named(contents, tmp_path):
+    file = tmp_path / "study.db"
+    if contents is None:  # cut in half
+        search(open_study(file, SPACE), file, SPACE, lambda values, report: (values["rate"], 1.0), {}, 3)
+        contents = file.read_bytes()[: file.stat().st_size // 2]
+    file.write_bytes(contents)
+    with pytest.raises(RunError, match="study.db holds no study that can be read"):
+        search(open_study(file, SPACE), file, SPACE, lambda values, report: (values["rate"], 1.0), {}, 6)
+
+
+def test_another_space_or_subject_is_refused(tmp_path):
+    file = tmp_path / "study.db"
+    open_study(file, SPACE, "digits")
+    for space, subject in ((SPACE | {"size": (8, 32)}, "digits"), (SPACE, "docstrings")):
+        with pytest.raises(ConfigError, match="study.db is a study of"):
+            open_study(file, space, subject)
+    open_study(file, dict(SPACE), "digits")
+
+
+def test_the_budget_in_seconds_is_that_of_all_trials(tmp_path):
+    file = tmp_path / "study.db"
+
+    def slow(values, report):
+        time.sleep(0.2)
+        return values["rate"], 0.2
+    search(open_study(file, SPACE), file, SPACE, slow, {}, seconds=1.0)
+    first = len(finished(file))
+    search(open_study(file, SPACE), file, SPACE, slow, {}, seconds=1.0)  # nothing is left of it
+    assert 2 <= first <= 6 and len(finished(file)) == first
+
+
+def test_pruned_trials_cost_less(tmp_path):
+    """The median rule ends what falls behind, and finds as good a rate."""
+    def train_once(values, report):
+        for epoch in range(1, 11):
+            steps.append(epoch)
+            report(epoch, (1 - abs(values["rate"] - 0.01)) * (1 - 0.7**epoch))
+        return 1 - abs(values["rate"] - 0.01), 1.0
+    spent, best = {}, {}
+    for prune in (True, False):
+        steps = []
+        file = tmp_path / f"{prune}.db"
+        search(open_study(file, SPACE, prune=prune), file, SPACE, train_once, {"rate": 0.05, "size": 8}, 20)
+        spent[prune], best[prune] = len(steps), finished(file)["score"].max()
+    assert spent[True] < 0.8 * spent[False] and best[True] > best[False] - 0.01
