@@ -6,8 +6,16 @@ import sys
 import time
 
 import pytest
+from fmnb.config import make_config
 from fmnb.core import ConfigError, RunError
-from fmnb.train.tune import Range, open_study, search, trials_table
+from fmnb.data.load import make_dataloaders
+from fmnb.data.prepare import prepare
+from fmnb.data.source import load_items
+from fmnb.data.split import split_items
+from fmnb.model.head import build_model
+from fmnb.train.finetune import train
+from fmnb.train.learner import learner_history, make_learner
+from fmnb.train.tune import Range, ReportEpochs, open_study, search, trials_table
 
 SPACE = {"rate": Range(1e-4, 1e-1, log=True), "size": (8, 16)}
 CODE = """
@@ -116,3 +124,18 @@ def test_pruned_trials_cost_less(tmp_path):
         search(open_study(file, SPACE, prune=prune), file, SPACE, train_once, {"rate": 0.05, "size": 8}, 20)
         spent[prune], best[prune] = len(steps), finished(file)["score"].max()
     assert spent[True] < 0.8 * spent[False] and best[True] > best[False] - 0.01
+
+
+def test_a_training_is_ended_early(tmp_path):
+    """Through fastai, which looks into what a callback raises; the search goes on behind it."""
+    prepared = prepare(split_items(load_items("digits")))
+
+    def train_once(values, report):
+        config = make_config({"recipe": "scratch, precision=float32", "epochs": 3, "batch_size": 64, "learning_rate": values["rate"], "family": "cnn"})
+        model = build_model("cnn", prepared.input_spec, prepared.classes, prepared.preprocessing, {"base": 4})
+        learn = train(make_learner(make_dataloaders(prepared, 64), model, callbacks=[ReportEpochs(report)]), config)
+        return learner_history(learn)["metric"].iloc[-1], 1.0
+    space, file = {"rate": (1e-6, 3e-3)}, tmp_path / "study.db"
+    search(open_study(file, space), file, space, train_once, {"rate": 3e-3}, 12)
+    table = trials_table(open_study(file, space))
+    assert 1e-6 in set(table.loc[table["state"] == "pruned", "rate"]) and table["state"].isin(["complete", "pruned"]).sum() == len(table) == 12

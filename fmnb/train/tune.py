@@ -6,12 +6,13 @@
 __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values', 'open_study', 'search', 'ReportEpochs',
            'trials_table', 'best_values', 'importances', 'plot_search']
 
-# %% ../../nbs/37_train.tune.ipynb #93629583
+# %% ../../nbs/37_train.tune.ipynb #91fdf4c0
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def _within(part: Range | tuple, value: Any) -> Any:
     "A default that a space may hold."
     return value if isinstance(part, tuple) else type(value)(np.clip(value, part.low, part.high)) if not part.whole else int(np.clip(value, part.low, part.high))
 
-# %% ../../nbs/37_train.tune.ipynb #cd709c28
+# %% ../../nbs/37_train.tune.ipynb #c2a97dd3
 Report = Callable[[int, float], None]  # of the epoch from 1 and its score; raises where the trial is to end
 TrainOnce = Callable[[dict[str, Any], Report], tuple[float, float]]
 
@@ -200,7 +201,7 @@ def search(
             if pruned:
                 trial.report(score, epoch)
                 if trial.should_prune():
-                    raise optuna.TrialPruned
+                    raise optuna.TrialPruned("It fell behind the others.")  # with words, which fastai looks for
         state, values = optuna.trial.TrialState.FAIL, None
         try:
             score, cost = train_once(trial.params, report)
@@ -252,34 +253,39 @@ def best_values(
     best = max(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=lambda trial: (trial.values[0], -trial.number))
     return best.number, dict(best.params)
 
-# %% ../../nbs/37_train.tune.ipynb #ea443e0a
+# %% ../../nbs/37_train.tune.ipynb #0a1a037b
 def importances(
     study: "optuna.Study",
-) -> dict[str, float]:  # share by name, the largest first; empty where there are too few trials
+) -> dict[str, float]:  # share by name, the largest first; empty where there are too few trials, or they are all alike
     "How much of the differences between completed trials each setting explains (PED-ANOVA, Watanabe et al., 2023)."
     import optuna
     if sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)) < 4:
         return {}
-    return optuna.importance.get_param_importances(study, **({"target": lambda trial: trial.values[0]} if len(study.directions) > 1 else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # where all completed trials are alike, which is seen below
+        found = optuna.importance.get_param_importances(study, **({"target": lambda trial: trial.values[0]} if len(study.directions) > 1 else {}))
+    return found if max(found.values()) - min(found.values()) > 1e-6 else {}
 
 
 def plot_search(
     table: pd.DataFrame,              # of `trials_table`
     shares: Mapping[str, float],      # of `importances`; settings are shown in this order
+    space: Space,                     # that was searched
     most: int = 6,                    # settings shown
     score_name: str = "score",        # for the axes
 ) -> Figure:
     "The score against each setting; colour is the order of the trials, hollow ones at the bottom were ended early."
     names = [*shares, *(name for name in table.columns if name not in (*shares, "trial", "state", "score", "seconds", "problem"))][:most]
-    figure, panels = plt.subplots(-(-len(names) // 3), 3, figsize=(9, 2.6 * -(-len(names) // 3)), layout="constrained", sharey=True, squeeze=False)
+    figure, panels = plt.subplots(-(-len(names) // 3), 3, figsize=(9, 2.8 * -(-len(names) // 3)), layout="constrained", sharey=True, squeeze=False)
     whole = table[table["state"] == "complete"]
-    bottom = whole["score"].min() - 0.1 * max(1e-3, np.ptp(whole["score"]))
+    bottom = whole["score"].min() - 0.1 * max(0.01, np.ptp(whole["score"]))
     for panel, name in zip(panels.flat, names):
         for rows, heights in ((whole, whole["score"]), (early := table[table["state"] == "pruned"], np.full(len(early), bottom))):
             colours = plt.get_cmap("viridis")(rows["trial"] / max(1, table["trial"].max()))
             panel.scatter(rows[name].astype(float), heights, s=26, facecolors=colours if rows is whole else "none", edgecolors=colours)
-        values = table[name].dropna().astype(float)
-        panel.set(xlabel=name + (f" ({shares[name]:.0%} of the differences)" if name in shares else ""), xscale="log" if values.min() > 0 and values.max() / values.min() > 100 else "linear")
+        share = f"\n{shares[name]:.0%} of the differences" if name in shares else ""
+        panel.set(xlabel=name + share, xscale="log" if getattr(space.get(name), "log", False) else "linear")
+        panel.yaxis.get_major_formatter().set_useOffset(False)
     for panel in list(panels.flat)[len(names):]:
         panel.remove()
     for row in panels:
