@@ -126,7 +126,7 @@ def open_study(
         raise ConfigError(f"{file} is a study of {other}; choose another `out`, or set overwrite to begin anew.")
     return study
 
-# %% ../../nbs/37_train.tune.ipynb #5fc8f904
+# %% ../../nbs/37_train.tune.ipynb #14c48e11
 def _alive(attributes: Mapping[str, Any]) -> bool:
     "Does the process that works at a trial still live? Of another machine's nothing is known."
     if attributes.get("host") != platform.node():
@@ -146,7 +146,7 @@ def _give_up_orphans(study: "optuna.Study") -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not _alive(trial.user_attrs):
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, {"problem": ""})
+            study.enqueue_trial(trial.params)
 
 
 def _take_number(study: "optuna.Study", space: Space, file: Path, n_trials: int, seconds: float) -> "optuna.Trial | None":
@@ -173,7 +173,7 @@ def _within(part: Range | tuple, value: Any) -> Any:
     "A default that a space may hold."
     return value if isinstance(part, tuple) else type(value)(np.clip(value, part.low, part.high)) if not part.whole else int(np.clip(value, part.low, part.high))
 
-# %% ../../nbs/37_train.tune.ipynb #c2a97dd3
+# %% ../../nbs/37_train.tune.ipynb #46bc437d
 Report = Callable[[int, float], None]  # of the epoch from 1 and its score; raises where the trial is to end
 TrainOnce = Callable[[dict[str, Any], Report], tuple[float, float]]
 
@@ -191,8 +191,9 @@ def search(
     import optuna
     if not n_trials and not seconds:
         raise ConfigError("A search needs an end; set trials, search_minutes, or both.")
-    if not study.get_trials(deepcopy=False):
-        study.enqueue_trial({name: _within(part, defaults[name]) for name, part in space.items() if name in defaults}, {"defaults": True}, skip_if_exists=True)
+    with _lock(Path(file)):
+        if not study.get_trials(deepcopy=False):
+            study.enqueue_trial({name: _within(part, defaults[name]) for name, part in space.items() if name in defaults}, {"defaults": True})
     pruned = len(study.directions) == 1
     while (trial := _take_number(study, space, Path(file), n_trials, seconds)) is not None:
         begin = time.perf_counter()
