@@ -81,7 +81,7 @@ def part_batch(
     "Items a step on a part: as on all the data, where that leaves four steps a pass."
     return max(min(batch_size, n_items // 4), min(batch_size, 4))
 
-# %% ../../nbs/57_eval.select.ipynb #afbda496
+# %% ../../nbs/57_eval.select.ipynb #77339386
 @dataclass(frozen=True)
 class Fit:
     "One training on a part of the data."
@@ -97,7 +97,7 @@ class Climb:
     n_items: int  # of the whole training split
     fits: dict[str, list[Fit]] = field(default_factory=dict)     # by name
     problems: dict[str, str] = field(default_factory=dict)       # reason by name of those that failed
-    seconds: float = 0.0                                         # that the climb took
+    seconds: float = 0.0                                         # that the trainings took
     ended: str = ""                                              # why it ended
 
     def curve(self, name: str) -> LearningCurve:
@@ -109,7 +109,7 @@ class Climb:
         "Score, low and high to be expected of a candidate on all the data: measured there, or foretold."
         return self.curve(name).forecast(self.n_items, level, self.fits[name][-1].n_scored)
 
-# %% ../../nbs/57_eval.select.ipynb #c9769047
+# %% ../../nbs/57_eval.select.ipynb #f525db1a
 def climb(
     names: Sequence[str],                  # the candidates, the most promising first
     fit: Callable[[str, int], Fit],        # trains a candidate on so many items
@@ -119,9 +119,9 @@ def climb(
     least: int = 2,                        # candidates trained at a rung, where so many are left
 ) -> Climb:
     "Train candidates on growing parts of the data while there is time. Raises `DataError` where all of them fail."
-    found, begin, alive = Climb(sizes[-1]), time.perf_counter(), list(names)
+    found, alive = Climb(sizes[-1]), list(names)
     for rung, size in enumerate(sizes):
-        left = seconds - (time.perf_counter() - begin)
+        left = seconds - found.seconds
         above = sorted(estimate(name, sizes[rung + 1]) for name in alive)[:least] if rung + 1 < len(sizes) else []
         kept = sum(above) if sum(above) <= left / 2 else 0.0  # for the next rung, where that is within reach
         alive, ended = _affordable(alive, [estimate(name, size) for name in alive], left if rung else float("inf"), left - kept, least)
@@ -129,9 +129,12 @@ def climb(
             found.ended = f"{ended} on {size:,} items"
             break
         for name in alive:
+            begin = time.perf_counter()
             try:
                 found.fits.setdefault(name, []).append(fit(name, size))
+                found.seconds += found.fits[name][-1].seconds
             except (FmnbError, RuntimeError, ValueError) as error:
+                found.seconds += time.perf_counter() - begin
                 found.problems[name] = f"it failed on {size:,} items: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         found.fits = {name: fits for name, fits in found.fits.items() if fits and name not in found.problems}
         if not found.fits:
@@ -140,7 +143,6 @@ def climb(
         if len(alive) < 2 and rung + 1 < len(sizes) and len(found.fits) > 1:
             found.ended = f"One candidate was left after {size:,} items"
             break
-    found.seconds = time.perf_counter() - begin
     return found
 
 # %% ../../nbs/57_eval.select.ipynb #0bcf2eac

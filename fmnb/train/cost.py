@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'Memory', 'watched_memory', 'timed_steps', 'validation_seconds', 'Cost', 'measure_cost']
 
-# %% ../../nbs/36_train.cost.ipynb #4cab304d
+# %% ../../nbs/36_train.cost.ipynb #20b82047
 import ctypes
 import gc
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def validation_seconds(
         probe.validate(dl=some)
         return (time.perf_counter() - begin) * len(loader) / max(1, len(some))
 
-# %% ../../nbs/36_train.cost.ipynb #5bff9ba1
+# %% ../../nbs/36_train.cost.ipynb #4722c0d2
 UNSEEN = 0.1  # share of the time that a short measurement cannot vouch for
 
 
@@ -131,8 +131,6 @@ class Cost:
     spread: float                    # relative standard error of the first
     validation: float                # seconds of a validation
     peak_bytes: int | None           # the most memory that the process held in these steps; None = not known
-    own_bytes: int | None            # of it, what these steps added
-    unseen: float = field(default=UNSEEN, repr=False)  # share added to the spread
 
     @property
     def items_per_second(self) -> float:
@@ -157,10 +155,10 @@ class Cost:
         "How long a training will take, validation after each epoch included."
         size = batch_size or self.batch_sizes[0]
         seconds = self.step(size) * (max(1, n_items // size) * epochs + other_steps) + self.validation * epochs
-        half = seconds * (self.unseen + 2 * self.spread)
+        half = seconds * (UNSEEN + 2 * self.spread)
         return seconds, max(0.0, seconds - half), seconds + half
 
-# %% ../../nbs/36_train.cost.ipynb #e463f573
+# %% ../../nbs/36_train.cost.ipynb #5a8bb00a
 def measure_cost(
     learn: StepLearner,    # prepared as it will train: precision, what is frozen; left as it is
     seconds: float = 2.0,  # to measure for, at each batch size; three steps are taken in any case
@@ -173,5 +171,4 @@ def measure_cost(
         validation = validation_seconds(learn)
     medians = tuple(float(np.median(part)) for part in steps)
     deviation = 1.4826 * np.median(np.abs(steps[0] - medians[0])) / medians[0]  # of a step, from the median absolute deviation
-    own = None if memory.peak is None else max(0, memory.peak - memory.before)
-    return Cost(sizes, medians, float(deviation / np.sqrt(len(steps[0]))), validation, memory.peak, own)
+    return Cost(sizes, medians, float(deviation / np.sqrt(len(steps[0]))), validation, memory.peak)
