@@ -33,7 +33,7 @@ def _parameter(
     "A dataclass field that knows its limits."
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, many=many, first=first))
 
-# %% ../nbs/01_config.ipynb #c0d9ce84
+# %% ../nbs/01_config.ipynb #13c5086a
 @dataclass(frozen=True)
 class Config:
     "The resolved parameters of one run. Frozen: use `dataclasses.replace` for a changed copy."
@@ -43,9 +43,10 @@ class Config:
     name_pattern: str = _parameter("", "regular expression for file names with a group (?P<label>...), perhaps group, split, time; empty = class folders, or a guess")
     columns: str = _parameter("", "further columns of a table that the model shall see, separated by commas")
     preprocessing: str = _parameter("", "settings by name, separated by commas, such as image_size=64, tokenizer=wordpiece; empty = chosen for the data")
+    decisions: str = _parameter("", "file of decisions about single items, from the cleaner; empty = none")
     repair: str = _parameter("safe", "kinds of findings to repair, separated by commas; safe = those that nobody wants to keep, none = leave the items as they are")
     split_by: str = _parameter("hash", "how items are split where the source does not say", choices=("hash", "time"))
-    augment: str = _parameter("", "augmentations of training batches, separated by commas; empty = chosen for the data, none = none")
+    augment: str = _parameter("", "augmentations of training batches, perhaps with settings such as cutout(share=0.5), separated by commas; empty = chosen for the data, none = none")
     family: str = _parameter("", "model family; empty = that of start_from, else cnn", choices=("", *FAMILIES))
     families: str = _parameter(",".join(FAMILIES), "model families to compare, separated by commas", choices=FAMILIES, many=True)
     backbone: str = _parameter("", "another backbone or other sizes, such as vit, depth=4; empty = that of start_from, else the default")

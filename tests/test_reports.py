@@ -35,7 +35,7 @@ SMALL = {"10_loading": {"n_images": 800, "repeats": 1}, "20_shakespeare": {"data
          "21_families": {"data": "nowhere", "minutes": 0.02, "repeats": 1, "context": 32, "width": 96},
          "30_finetuning": {"data": "nowhere", "epochs": 1, "repeats": 1, "at_most": 48},
          "31_tasks": {"data": "nowhere", "minutes": 0.02},
-         "42_sweep": {"n_runs": 2, "seconds": 0.1, "n_trainings": 1, "epochs": 1, "repeats": 1}, "50_coverage": {"trials": 6, "resamples": 100}, "51_gallery": {"data": "nowhere", "minutes": 0.02, "n_seeds": 2}}
+         "42_sweep": {"n_runs": 2, "seconds": 0.1, "n_trainings": 1, "epochs": 1, "repeats": 1, "n_listed": 20}, "50_coverage": {"trials": 6, "resamples": 100}, "51_gallery": {"data": "nowhere", "minutes": 0.02, "n_seeds": 2}}
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=notebook_id)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'AUGMENTATIONS', 'DEFAULT_AUGMENTATIONS', 'PRETRAINING_AUGMENTATIONS', 'Batches', 'ImageBatches',
-           'SoundBatches', 'TextBatches', 'BatchLoader', 'choose_augmentations', 'batch_transform', 'make_loader',
-           'make_dataloaders']
+           'SoundBatches', 'TextBatches', 'BatchLoader', 'augmentation_settings', 'parse_augmentation',
+           'choose_augmentations', 'batch_transform', 'make_loader', 'make_dataloaders']
 
-# %% ../../nbs/14_data.load.ipynb #6f1b73c4
+# %% ../../nbs/14_data.load.ipynb #3e7320e9
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +21,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 
 from ..core import ConfigError, DataError, did_you_mean
-from .image import IMAGE_AUGMENTATIONS, IMAGE_MIXES, VIEW_AUGMENTATIONS, random_affine
+from .image import IMAGE_AUGMENTATIONS, IMAGE_MIXES, VIEW_AUGMENTATIONS
 from .prepare import Prepared, prepared_images, prepared_spectrograms, prepared_tokens
-from .sound import SOUND_AUGMENTATIONS, add_deltas, spec_augment
+from .sound import SOUND_AUGMENTATIONS, add_deltas
 from .text import TEXT_AUGMENTATIONS
 
 # %% ../../nbs/14_data.load.ipynb #78ad5b87
@@ -124,62 +126,89 @@ class BatchLoader(DataLoader):
         "Fetch batch after batch."
         return map(self.dataset.fetch, samps)
 
-# %% ../../nbs/14_data.load.ipynb #148e5649
+# %% ../../nbs/14_data.load.ipynb #03a13bc2
 AUGMENTATIONS: dict[str, dict[str, Callable]] = {"image": IMAGE_AUGMENTATIONS | IMAGE_MIXES, "audio": SOUND_AUGMENTATIONS, "text": TEXT_AUGMENTATIONS}
 DEFAULT_AUGMENTATIONS = {"image": ("affine",), "audio": ("gain", "delay", "noise", "specaugment"), "text": ("window", "mask")}
 PRETRAINING_AUGMENTATIONS = {"image": (("crop",), ("crop", "colour", "grey")), "audio": (("gain", "delay"), DEFAULT_AUGMENTATIONS["audio"]), "text": ((), ())}  # one view; several
 
+# %% ../../nbs/14_data.load.ipynb #eb7cc72f
+def augmentation_settings(
+    function: Callable,  # one of `AUGMENTATIONS`
+) -> dict[str, float]:   # by name, with the default values
+    "How strong an augmentation is: the numbers it can be given."
+    found = inspect.signature(function).parameters.values()
+    return {one.name: one.default for one in found if isinstance(one.default, (int, float)) and not isinstance(one.default, bool) and one.name != "mask"}  # a token
 
+
+def parse_augmentation(
+    text: str,  # a name, or a name with settings: 'cutout(share=0.5)'
+    functions: Mapping[str, Callable],  # that there are, by name
+    kind: str = "these",                # of data, for the message
+) -> tuple[str, dict[str, float]]:      # name; settings that differ from the defaults
+    "An augmentation as a person writes it. Raises `ConfigError` for a name, a setting or a value that there is not."
+    name, _, inside = (part.strip() for part in text.strip().removesuffix(")").partition("("))
+    if name not in functions:
+        raise ConfigError(f"There is no augmentation {name!r} for {kind} data. {did_you_mean(name, functions)}")
+    known, settings = augmentation_settings(functions[name]), {}
+    for setting, _, value in (part.partition("=") for part in inside.split(",") if part.strip()):
+        if (setting := setting.strip()) not in known:
+            raise ConfigError(f"Augmentation {name} has no setting {setting!r}. {did_you_mean(setting, known)}")
+        try:
+            settings[setting] = type(known[setting])(value)
+        except ValueError:
+            raise ConfigError(f"Setting {setting} of augmentation {name} must be a number, such as {known[setting]}, not {value.strip()!r}.") from None
+    return name, settings
+
+# %% ../../nbs/14_data.load.ipynb #54e01a48
 def choose_augmentations(
     prepared: Prepared,  # the data
-    augment: str = "",   # names, separated by commas; empty = chosen for the data; 'none'
+    augment: str = "",   # names, perhaps with settings, separated by commas; empty = chosen for the data; 'none'
     views: int = 0,      # views of an item that pretraining takes; 0 = training with labels
-) -> tuple[str, ...]:    # names in `AUGMENTATIONS`
-    "The augmentations of a training batch. Raises `ConfigError` for a name that the modality does not have."
+) -> tuple[str, ...]:    # as `parse_augmentation` reads them
+    "The augmentations of a training batch. Raises `ConfigError` for one that the modality does not have."
     known = {name: o for name, o in AUGMENTATIONS[prepared.modality].items() if not (views and name in IMAGE_MIXES)}  # mixing needs targets
     if augment.strip() == "none":
         return ()
     if not augment.strip():
         colour = prepared.modality == "image" and prepared.input_spec["channels"] == 3
         return ("flip",) * colour + (PRETRAINING_AUGMENTATIONS[prepared.modality][views > 1] if views else DEFAULT_AUGMENTATIONS[prepared.modality])
-    names = tuple(name.strip() for name in augment.split(","))
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"There is no augmentation {name!r} for {'pretraining on ' * bool(views)}{prepared.modality} data. {did_you_mean(name, known)}")
-    return names
+    chosen = tuple(part.strip() for part in re.split(r",(?![^(]*\))", augment))
+    for text in chosen:
+        parse_augmentation(text, known, f"{'pretraining on ' * bool(views)}{prepared.modality}")
+    return chosen
 
-# %% ../../nbs/14_data.load.ipynb #658e03ce
-def _image_transform(batch: tuple[torch.Tensor, ...], mean: torch.Tensor, std: torch.Tensor, names: Sequence[str], n_classes: int, functions: Mapping[str, Callable] = IMAGE_AUGMENTATIONS) -> tuple[torch.Tensor, ...]:
+# %% ../../nbs/14_data.load.ipynb #55e38dc1
+def _image_transform(batch: tuple[torch.Tensor, ...], mean: torch.Tensor, std: torch.Tensor, functions: Mapping[str, Callable], n_classes: int) -> tuple[torch.Tensor, ...]:
     "Augment images and mix them where asked to, then normalise each channel."
     images, *columns, targets = batch
     images = images.float().div_(255)
-    mirror = {"flip", "affine"} <= set(names)  # one resampling does both
-    for name in names:
+    mirror = {"flip", "affine"} <= set(functions)  # one resampling does both
+    for name, function in functions.items():
         if mirror and name in ("flip", "affine"):
-            images = random_affine(images, mirror=True) if name == "affine" else images
-        elif name in functions:
-            images = functions[name](images)
+            images = function(images, mirror=True) if name == "affine" else images
+        elif name not in IMAGE_MIXES:
+            images = function(images)
         else:
             shares = targets if targets.is_floating_point() else F.one_hot(targets, n_classes).float()
-            images, targets = IMAGE_MIXES[name](images, shares)
+            images, targets = function(images, shares)
     return (images.sub_(mean.view(1, -1, 1, 1)).div_(std.view(1, -1, 1, 1)), *columns, targets)
 
-# %% ../../nbs/14_data.load.ipynb #4819aa17
-def _sound_transform(batch: tuple[torch.Tensor, ...], mean: torch.Tensor, std: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+# %% ../../nbs/14_data.load.ipynb #f5762a4f
+def _sound_transform(batch: tuple[torch.Tensor, ...], mean: torch.Tensor, std: torch.Tensor, functions: Mapping[str, Callable]) -> tuple[torch.Tensor, ...]:
     "Augment spectrograms, normalise each band, add deltas; SpecAugment hides what is normalised."
     spectrograms, *rest = batch
-    for name in names:
+    for name, function in functions.items():
         if name != "specaugment":
-            spectrograms = SOUND_AUGMENTATIONS[name](spectrograms)
+            spectrograms = function(spectrograms)
     spectrograms = add_deltas((spectrograms - mean) / std)
-    return (spec_augment(spectrograms) if "specaugment" in names else spectrograms, *rest)
+    return (functions["specaugment"](spectrograms) if "specaugment" in functions else spectrograms, *rest)
 
 
-def _text_transform(batch: tuple[torch.Tensor, ...], mask: int | None, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+def _text_transform(batch: tuple[torch.Tensor, ...], functions: Mapping[str, Callable], mask: int | None) -> tuple[torch.Tensor, ...]:
     "Augment token ids."
     tokens, *rest = batch
-    for name in names:
-        tokens = TEXT_AUGMENTATIONS[name](tokens) if name == "window" else TEXT_AUGMENTATIONS[name](tokens, mask=mask)
+    for name, function in functions.items():
+        tokens = function(tokens) if name == "window" else function(tokens, mask=mask)
     return (tokens, *rest)
 
 
@@ -188,7 +217,7 @@ def _several_views(batch: tuple[torch.Tensor, ...], views: int, transform: Calla
     contents, *rest = batch
     return transform((torch.cat([contents] * views), *rest))
 
-# %% ../../nbs/14_data.load.ipynb #ffafca00
+# %% ../../nbs/14_data.load.ipynb #b5d7478a
 def batch_transform(
     prepared: Prepared,        # the data
     names: Sequence[str],      # augmentations; none outside training
@@ -196,14 +225,15 @@ def batch_transform(
     views: int = 1,            # views of each item
 ) -> Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
     "What happens to a batch on the device: augmentation, then normalisation."
+    known = AUGMENTATIONS[prepared.modality] | (VIEW_AUGMENTATIONS if views > 1 and prepared.modality == "image" else {})
+    functions = {name: partial(known[name], **settings) for name, settings in (parse_augmentation(text, known) for text in names)}
     if prepared.modality == "text":
         mask = prepared.preprocessing["mask_token"]
-        return partial(_text_transform, mask=mask, names=[name for name in names if name == "window" or mask is not None])
+        return partial(_text_transform, functions={name: o for name, o in functions.items() if name == "window" or mask is not None}, mask=mask)
     mean, std = (torch.tensor(prepared.preprocessing[name], dtype=torch.float32, device=device) for name in ("mean", "std"))
-    transform = partial(_sound_transform, mean=mean, std=std, names=names)
+    transform = partial(_sound_transform, mean=mean, std=std, functions=functions)
     if prepared.modality == "image":
-        functions = VIEW_AUGMENTATIONS if views > 1 else IMAGE_AUGMENTATIONS
-        transform = partial(_image_transform, mean=mean, std=std, names=names, n_classes=len(prepared.classes), functions=functions)
+        transform = partial(_image_transform, mean=mean, std=std, functions=functions, n_classes=len(prepared.classes))
     return partial(_several_views, views=views, transform=transform) if views > 1 else transform
 
 # %% ../../nbs/14_data.load.ipynb #3590bea5

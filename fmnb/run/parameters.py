@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VOCABULARY', 'report_name', 'report_paths', 'find_report', 'Parameter', 'declared_parameters', 'read_parameters',
-           'check_values', 'read_values', 'parameter_help']
+           'check_values', 'read_values', 'parameter_help', 'command_line']
 
-# %% ../../nbs/39_run.parameters.ipynb #7eb54bf9
+# %% ../../nbs/39_run.parameters.ipynb #3e48c10b
 import ast
 import io
 import re
+import shlex
 import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -173,3 +174,11 @@ def parameter_help(
         allowed = ", ".join(str(choice) for choice in parameter.choices if choice != "") or (f"{parameter.low:,} to {parameter.high:,}" if parameter.low is not None else "")
         entries.append(f"  {parameter.name:<14} {parameter.help}\n{'':17}({parameter.type.__name__}, default {parameter.default!r}{'; ' * bool(allowed)}{allowed})")
     return "\n".join(entries)
+
+# %% ../../nbs/39_run.parameters.ipynb #518c5f1e
+def command_line(
+    report: str,                   # a template's name
+    parameters: Mapping[str, Any],  # values by name
+) -> str:
+    "The command that runs a report with some parameters, quoted for a shell."
+    return " ".join(["fmnb", "run", report, *(word for name, value in parameters.items() for word in ("-p", name, shlex.quote(str(value))))])
