@@ -50,7 +50,7 @@ def attributions(
     gained = (outputs - emptied).gather(1, chosen[:, None])[:, 0]
     return shares.detach().cpu().numpy(), gained.detach().cpu().numpy()
 
-# %% ../../nbs/52_eval.explain.ipynb #79159aa6
+# %% ../../nbs/52_eval.explain.ipynb #6354b89d
 def plot_attributions(
     images: np.ndarray,        # (items, height, width) or (items, height, width, channels), as a person would look at them
     shares: np.ndarray,        # of `attributions`, (items, height, width)
@@ -75,14 +75,17 @@ def show_token_attributions(
     captions: Sequence[str],          # one a text
 ) -> HTML:
     "Each text with its tokens coloured."
+    glue = "" if any("\u0120" in token for words in tokens for token in words) else " "  # byte-level tokens bring their spaces along, written as G with a dot
+
     def coloured(token, share, most):
         strength = 0.75 * abs(share) / most
         red, blue = (214, 69, 65), (65, 105, 225)
-        return f'<span style="background:rgba({",".join(map(str, red if share > 0 else blue))},{strength:.2f})">{html.escape(token)}</span>'
+        shown = html.escape(token.replace("\u0120", " ").replace("\u010a", " "))
+        return f'<span style="background:rgba({",".join(map(str, red if share > 0 else blue))},{strength:.2f})">{shown}</span>'
     rows = []
     for words, values, caption in zip(tokens, shares, captions):
         most = np.abs(values[:len(words)]).max(initial=1e-9)
-        rows.append(f'<p style="margin:0.3em 0"><small>{html.escape(caption)}</small><br>{" ".join(coloured(word, value, most) for word, value in zip(words, values))}</p>')
+        rows.append(f'<p style="margin:0.3em 0; white-space: pre-wrap"><small>{html.escape(caption)}</small><br>{glue.join(coloured(word, value, most) for word, value in zip(words, values))}</p>')
     return HTML("".join(rows))
 
 # %% ../../nbs/52_eval.explain.ipynb #a7e199d4

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_SEARCHED', 'DropZone', 'scores_html', 'looked_at_html', 'Neighbours', 'answer', 'TryIt']
 
-# %% ../../nbs/71_explore.ask.ipynb #057ab306
+# %% ../../nbs/71_explore.ask.ipynb #1b0a275a
 import html
 import importlib.util
 import tempfile
@@ -17,6 +17,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import traitlets
+from ipywidgets.widgets.trait_types import CByteMemoryView
 from torch import nn
 
 from ..core import DataError, atomic_path
@@ -79,7 +80,7 @@ export default { render({ model, el }) {
 } };
 """
 
-# %% ../../nbs/71_explore.ask.ipynb #867d5865
+# %% ../../nbs/71_explore.ask.ipynb #c8033789
 _STYLE = """
 .fmnb-drop { display: inline-block; padding: 14px 18px; border: 2px dashed #888; border-radius: 8px; cursor: pointer; max-width: 100%; overflow-wrap: anywhere }
 .fmnb-drop:focus-visible, .fmnb-drop:hover { border-color: #0b5cad }
@@ -92,7 +93,7 @@ class DropZone(anywidget.AnyWidget):
     _esm, _css = _BROWSER, _STYLE
     kind = traitlets.Unicode("image").tag(sync=True)   # 'image' or 'audio'
     name = traitlets.Unicode("").tag(sync=True)        # of the file
-    content = traitlets.Bytes(b"").tag(sync=True)      # of the file
+    content = CByteMemoryView(b"").tag(sync=True)      # of the file
 
 # %% ../../nbs/71_explore.ask.ipynb #0844eee1
 def scores_html(

@@ -24,7 +24,7 @@ from ..run.diff import diff_runs
 from ..run.record import Run
 from ..run.table import runs_table
 
-# %% ../../nbs/66_explore.compare.ipynb #82a870be
+# %% ../../nbs/66_explore.compare.ipynb #86d065de
 def plot_scores(
     scores: Mapping[str, Mapping[str, float]],  # value, low and high, by run
     name: str,                                  # of the metric, in words
@@ -35,7 +35,7 @@ def plot_scores(
         axes.plot([one.get("low", one["value"]), one.get("high", one["value"])], [row, row], color="steelblue", linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot(one["value"], row, "o", color="steelblue", markersize=5)
     axes.set(yticks=range(len(scores)), yticklabels=[label if len(label) < 48 else f"{label[:45]}..." for label in scores], xlabel=f"{name}, test split, with 95 % interval")
-    axes.invert_yaxis()
+    axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     plt.close(figure)
     return figure

@@ -42,7 +42,7 @@ def answered(
     columns = pd.Index(classes_of(predictions)).get_indexer(predictions["prediction"])
     return predictions[scores[range(len(scores)), columns] >= confidence]
 
-# %% ../../nbs/65_explore.errors.ipynb #24ccc351
+# %% ../../nbs/65_explore.errors.ipynb #fd230254
 class ConfusionGrid:
     "A confusion matrix of buttons."
 
@@ -58,7 +58,7 @@ class ConfusionGrid:
         name = '<div style="font-size: 85%; text-align: {}; padding: 0 4px; overflow: hidden; text-overflow: ellipsis">{}</div>'
         heads = [widgets.HTML(name.format("center", html.escape(text))) for text in ["target \\ predicted", *classes]]
         rows = [widget for target in classes for widget in (widgets.HTML(name.format("right", html.escape(target))), *(self.cells[target, prediction] for prediction in classes))]
-        self.live = widgets.GridBox([*heads, *rows], layout=widgets.Layout(grid_template_columns=f"minmax(60px, auto) repeat({len(classes)}, minmax(28px, 56px))", overflow="auto", width="100%"))
+        self.live = widgets.GridBox([*heads, *rows], layout=widgets.Layout(grid_template_columns=f"max-content repeat({len(classes)}, minmax(28px, 56px))", overflow="auto", width="100%"))
 
     def fill(self, predictions: pd.DataFrame) -> None:
         "Count the items of each cell; the more errors, the redder."

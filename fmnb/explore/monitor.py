@@ -110,7 +110,7 @@ class TerminalLine:
         except (OSError, ValueError):
             self.silent = True
 
-# %% ../../nbs/64_explore.monitor.ipynb #9187d40e
+# %% ../../nbs/64_explore.monitor.ipynb #eb67287a
 class TrainingPanel:
     "What a browser shows of a training, and what is wished there."
 
@@ -119,6 +119,9 @@ class TrainingPanel:
         self.bar = widgets.FloatProgress(0, min=0, max=1, layout=widgets.Layout(width="100%", max_width="720px"))
         self.words, self.picture = widgets.HTML(), widgets.HTML()
         buttons = [button("Stop", self.stop, "end the training after this step; nothing is lost"), button("Save now", self.save, "write the weights after this step")]
+        for one in buttons:
+            if hasattr(one.comm, "_reply_subshell_for"):  # ipykernel's, which would hand the click to the thread that trains
+                one.comm._reply_subshell_for = None
         self.live = widgets.VBox([self.bar, self.words, self.picture, row_of(*buttons)], layout=widgets.Layout(width="100%", overflow="hidden"))
         self.live.add_class("fmnb-live")
 

@@ -165,10 +165,10 @@ class Kept:
             control.value = self.first[name]
         self.file.unlink(missing_ok=True)
 
-# %% ../../nbs/60_explore.view.ipynb #91e4d3b7
+# %% ../../nbs/60_explore.view.ipynb #11153f64
 _TWIN_STYLE = """<style>
 .jp-OutputArea:has(.fmnb-live) .fmnb-twin { display: none }
-.jp-OutputArea-child:has(.jupyter-widgets):not(:has(.fmnb-live)):has(+ .jp-OutputArea-child .fmnb-twin) { display: none }
+.jp-OutputArea-child:has(> .jp-OutputArea-output.lm-Panel):not(:has(.fmnb-live)):has(+ .jp-OutputArea-child .fmnb-twin) { display: none }
 </style>"""
 
 

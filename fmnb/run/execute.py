@@ -183,14 +183,14 @@ def _interrupt_on_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/41_run.execute.ipynb #3a3889d0
+# %% ../../nbs/41_run.execute.ipynb #7daecf0b
 def _execute(request: Request, started: RunWriter, progress: bool, cell_minutes: float, kernel: str, variables: Mapping[str, str]) -> None:
     "Let papermill execute the notebook into the run's folder."
     import papermill
     from fmnb.run.engine import ENGINE
     logging.getLogger("papermill").setLevel(logging.ERROR)
     tuning = {name: os.environ.get(name, value) for name, value in _TUNING.items()}
-    with _environment(FMNB_RUN=str(started.folder.resolve()), **tuning, **variables):
+    with _environment(FMNB_RUN=str(started.folder.resolve()), **tuning, **({} if progress else {"FMNB_PROGRESS": "0"}), **variables):
         papermill.execute_notebook(
             request.path, started.folder / "report.ipynb", parameters=request.values(), engine_name=ENGINE, kernel_name=kernel, language="python",
             progress_bar=progress, execution_timeout=round(60 * cell_minutes) or None, extra_arguments=["--IPKernelApp.log_level=50"])
