@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import BENCHMARKS, NOTEBOOKS, REPORTS, ROOT, code_cells, notebook_id
+from conftest import BENCHMARKS, MODULES, NOTEBOOKS, REPORTS, ROOT, code_cells, notebook_id
 from fmnb.config import Config, parameter_table
 from execnb.shell import CaptureShell
 from fmnb.run.parameters import read_parameters
@@ -103,6 +103,15 @@ def execute(path: Path) -> str:
 def test_executes(path, warm_processes):
     with ProcessPoolExecutor(1, mp_context=warm_processes) as pool:
         assert pool.submit(execute, path).result(timeout=600) == ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=notebook_id)
+def test_imports_have_cells_of_their_own(path):
+    """nbdev executes every cell with an import when it makes the documentation, and no other."""
+    for cell in code_cells(path):
+        body = ast.parse(cell.source).body
+        imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
+        assert all(imports) or not any(imports) or cell.source.endswith("nbdev_export()"), cell.source
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=notebook_id)
