@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FmnbError', 'ConfigError', 'DataError', 'RunError', 'did_you_mean', 'stable_hash', 'unit_hash', 'derive_seed',
-           'atomic_path', 'write_json', 'read_json', 'cache_dir']
+           'atomic_path', 'write_json', 'read_json', 'cache_dir', 'process_lives', 'process_memory']
 
-# %% ../nbs/00_core.ipynb #3b4aeb12
+# %% ../nbs/00_core.ipynb #269b233c
 import difflib
 import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -155,3 +156,26 @@ def cache_dir() -> Path:
     if named := os.environ.get("FMNB_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fmnb"
+
+# %% ../nbs/00_core.ipynb #86909fbd
+def process_lives(
+    process: int,  # its number
+) -> bool:
+    "Is there a process of this number on this machine?"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def process_memory(
+    line: str,  # of the process's status: 'VmRSS', what it holds, or 'VmHWM', the most it has held
+) -> int | None:
+    "Memory of this process in bytes; None where the system does not tell."
+    try:
+        return int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return None

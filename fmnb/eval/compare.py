@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'FAMILY_NAMES', 'IN_WORDS', 'format_metric', 'comparison_table', 'compare', 'verdict', 'comparison_findings',
            'plot_histories', 'plot_confusions', 'hardest_items', 'error_captions']
 
-# %% ../../nbs/53_eval.compare.ipynb #2fcfc29e
+# %% ../../nbs/53_eval.compare.ipynb #e46cdabb
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..core import DataError
 from .difference import Difference, holm, paired_difference
@@ -111,7 +112,7 @@ def comparison_findings(
     sentences.append(f"{(wrong == len(predictions)).sum()} of {len(baseline):,} test items are {what} in every model, {(wrong > 0).sum()} in at least one.")
     return sentences
 
-# %% ../../nbs/53_eval.compare.ipynb #423f6515
+# %% ../../nbs/53_eval.compare.ipynb #58627607
 def plot_histories(
     histories: Mapping[str, pd.DataFrame],  # by model: `epoch`, `train_loss`, `valid_loss`, and `accuracy` or `metric`
 ) -> Figure:
@@ -121,9 +122,11 @@ def plot_histories(
     colours = dict(zip(histories, sns.color_palette("colorblind")))
     for name, history in histories.items():
         label = FAMILY_NAMES.get(name, name)
-        axes[0].plot(history["epoch"], history["train_loss"], "--", color=colours[name], linewidth=1)
-        axes[0].plot(history["epoch"], history["valid_loss"], color=colours[name], label=label)
-        axes[1].plot(history["epoch"], history["accuracy" if accuracy else "metric"], color=colours[name], label=label)
+        axes[0].plot(history["epoch"], history["train_loss"], ".--", color=colours[name], linewidth=1)
+        axes[0].plot(history["epoch"], history["valid_loss"], ".-", color=colours[name], label=label)
+        axes[1].plot(history["epoch"], history["accuracy" if accuracy else "metric"], ".-", color=colours[name], label=label)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="epoch", ylabel="loss", title="Loss: training (dashed) and validation (solid)", yscale="log")
     axes[1].set(xlabel="epoch", ylabel="accuracy" if accuracy else "score", title=f"Validation {'accuracy' if accuracy else 'score'}")
     axes[1].legend(frameon=False)

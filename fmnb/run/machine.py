@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THREADING', 'git_state', 'package_hash', 'package_versions', 'hardware', 'determinism', 'peak_memory_bytes']
 
-# %% ../../nbs/39_run.machine.ipynb #dbb90d0f
+# %% ../../nbs/39_run.machine.ipynb #a0a034b6
 import importlib.metadata
 import os
 import platform
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core import stable_hash
+from ..core import process_memory, stable_hash
 
 # %% ../../nbs/39_run.machine.ipynb #8b0e5dda
 def git_state() -> dict[str, Any]:
@@ -51,7 +51,7 @@ def package_versions() -> dict[str, str]:
             continue
     return {"python": platform.python_version(), **installed}
 
-# %% ../../nbs/39_run.machine.ipynb #a5c285bc
+# %% ../../nbs/39_run.machine.ipynb #aefacbe7
 def hardware() -> dict[str, Any]:
     "Processor, memory in bytes, and where PyTorch is loaded its threads and device."
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
@@ -76,7 +76,4 @@ def determinism() -> dict[str, Any]:
 
 def peak_memory_bytes() -> int | None:
     "The most memory this process has held at once, bytes; None where the system does not tell."
-    try:
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return None
+    return process_memory("VmHWM")

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'KERNEL_SECONDS', 'READ', 'Run', 'provenance', 'RunWriter',
            'run_contents', 'run_folder', 'run_request', 'is_interrupted', 'claim_folder', 'start_run', 'open_run',
            'show']
 
-# %% ../../nbs/40_run.record.ipynb #3a7729ec
+# %% ../../nbs/40_run.record.ipynb #dc6f93c2
 import datetime
 import hashlib
 import os
@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 
 from ..config import Config
-from ..core import RunError, atomic_path, read_json, stable_hash, write_json
+from ..core import RunError, atomic_path, process_lives, read_json, stable_hash, write_json
 from .lock import lock_file, lock_folder, unlock_folder
 from .machine import determinism, git_state, hardware, package_hash, package_versions, peak_memory_bytes
 
@@ -184,7 +184,7 @@ def run_contents(
             rows.append((file.relative_to(run.folder).as_posix() + "/" * nested, round(size / 1000, 1)))
     return pd.DataFrame(rows, columns=["file", "kB"]).set_index("file")
 
-# %% ../../nbs/40_run.record.ipynb #a8e24634
+# %% ../../nbs/40_run.record.ipynb #0ec073e4
 def run_folder(
     config: Config,  # the run's parameters
     report: str,     # the report's name, for example 'finetune'
@@ -206,18 +206,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
     fits = isinstance(status, dict) and {"status", "started", "process"} <= set(status) and isinstance(status["process"], int)
     return status if fits else {}
 
-
-def _alive(process: int) -> bool:
-    "Is there a process of this number on this machine?"
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return True
-
-# %% ../../nbs/40_run.record.ipynb #377996de
+# %% ../../nbs/40_run.record.ipynb #1ada373c
 def run_request(
     config: Config,   # the parameters as they were given
     report: str,      # the report's name
@@ -232,7 +221,7 @@ def is_interrupted(
 ) -> bool:
     "Was a run interrupted, or is its process gone? Of another machine's processes nothing is known here."
     here = status.get("host", platform.node()) == platform.node()
-    return status["status"] == "interrupted" or (status["status"] == "running" and here and not _alive(status["process"]))
+    return status["status"] == "interrupted" or (status["status"] == "running" and here and not process_lives(status["process"]))
 
 # %% ../../nbs/40_run.record.ipynb #eec05b99
 KERNEL_SECONDS = 20.0  # a kernel looks once a second whether its parent lives

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'Memory', 'watched_memory', 'timed_steps', 'validation_seconds', 'Cost', 'measure_cost']
 
-# %% ../../nbs/36_train.cost.ipynb #20b82047
+# %% ../../nbs/36_train.cost.ipynb #c7d11008
 import ctypes
 import gc
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,24 +20,16 @@ import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.data.core import DataLoaders
 
-from ..core import RunError
+from ..core import RunError, process_memory
 from .learner import trial
 from .step import StepLearner
 
-# %% ../../nbs/36_train.cost.ipynb #098f6f71
+# %% ../../nbs/36_train.cost.ipynb #cc0748e2
 @dataclass
 class Memory:
     "What was held at most, in bytes; None where the system does not tell."
     before: int | None = None  # when the block began
     peak: int | None = None    # inside the block
-
-
-def _resident(name: str) -> int | None:
-    "A line of the process's status, in bytes: VmRSS (now) or VmHWM (at most)."
-    try:
-        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return None
 
 
 @contextmanager
@@ -58,9 +49,9 @@ def watched_memory(
     with suppress(OSError, AttributeError):  # not Linux, or not glibc
         ctypes.CDLL(None).malloc_trim(0)
         told = Path("/proc/self/clear_refs").write_text("5") == 1
-    memory.before = _resident("VmRSS") if told else None
+    memory.before = process_memory("VmRSS") if told else None
     yield memory
-    memory.peak = _resident("VmHWM") if told else None
+    memory.peak = process_memory("VmHWM") if told else None
 
 # %% ../../nbs/36_train.cost.ipynb #f5ee3d36
 class _Clock(Callback):

@@ -6,7 +6,7 @@
 __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values', 'open_study', 'search', 'ReportEpochs',
            'trials_table', 'best_values', 'importances', 'plot_search']
 
-# %% ../../nbs/37_train.tune.ipynb #91fdf4c0
+# %% ../../nbs/37_train.tune.ipynb #282c91e0
 import os
 import platform
 import statistics
@@ -26,7 +26,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 
 from ..config import Config
-from ..core import ConfigError, RunError, stable_hash
+from ..core import ConfigError, RunError, process_lives, stable_hash
 from ..model.library import library
 from .recipe import EXTERNAL, rate_range
 
@@ -126,25 +126,13 @@ def open_study(
         raise ConfigError(f"{file} is a study of {other}; choose another `out`, or set overwrite to begin anew.")
     return study
 
-# %% ../../nbs/37_train.tune.ipynb #14c48e11
-def _alive(attributes: Mapping[str, Any]) -> bool:
-    "Does the process that works at a trial still live? Of another machine's nothing is known."
-    if attributes.get("host") != platform.node():
-        return True
-    try:
-        os.kill(attributes["process"], 0)
-    except (ProcessLookupError, KeyError):
-        return False
-    except OSError:
-        pass
-    return True
-
-
+# %% ../../nbs/37_train.tune.ipynb #9c2b3ad3
 def _give_up_orphans(study: "optuna.Study") -> None:
     "End the trials whose process is gone, and queue their values."
     from optuna.trial import TrialState
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _alive(trial.user_attrs):
+        here = trial.user_attrs.get("host") == platform.node()  # of another machine's processes nothing is known
+        if here and not process_lives(trial.user_attrs["process"]):
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
 
