@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['notebook_imports', 'warm_kernels']
 
-# %% ../../nbs/42_run.kernel.ipynb #4888fa53
+# %% ../../nbs/42_run.kernel.ipynb #5504e308
 import ast
+import atexit
 import gc
 import importlib.util
 import inspect
@@ -176,7 +177,15 @@ def _serve(descriptor: int) -> None:
     for process in kernels.values():
         _signal(process, signal.SIGKILL)
 
-# %% ../../nbs/42_run.kernel.ipynb #500eb724
+# %% ../../nbs/42_run.kernel.ipynb #458634e3
+def _close(app: Any) -> None:
+    "Close a kernel. ipykernel itself ends the thread that sends what was printed before the one that answers, which may be printing still: now and then it waits for ever, and is killed after seconds."
+    if app.control_thread and app.control_thread.is_alive():
+        app.control_thread.stop()
+        app.control_thread.join(5)
+    app.close()
+
+
 def _draw_anew() -> None:
     "What a new process would have of its own."
     multiprocessing.current_process().authkey = os.urandom(32)
@@ -205,6 +214,8 @@ def _become_kernel(request: dict[str, Any], streams: Iterable[int], variables: d
     _draw_anew()
     before, app = sys.stderr, IPKernelApp.instance()
     app.initialize([*request["arguments"], f"--IPKernelApp.parent_handle={os.getppid()}"])
+    atexit.unregister(app.close)
+    atexit.register(_close, app)
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
