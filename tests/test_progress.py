@@ -19,12 +19,14 @@ def notebook(path):
     return path
 
 
-def test_a_log_gets_a_line_and_the_notebook_none(tmp_path, capfd, cold):
+def test_a_log_gets_a_line_and_the_notebook_none(tmp_path, capfd, cold, monkeypatch):
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # below pytest ipykernel leaves a kernel's stderr alone
     done = run(notebook(tmp_path / "training.ipynb"), {}, tmp_path / "run")
     assert "step 5 of 10, loss 0.5, 5 s left" in capfd.readouterr().err
     assert [output.text for output in nbformat.read(done.folder / "report.ipynb", 4).cells[-1].outputs] == ["trained\n"]
 
 
-def test_without_progress_it_is_silent(tmp_path, capfd, cold):
+def test_without_progress_it_is_silent(tmp_path, capfd, cold, monkeypatch):
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     run(notebook(tmp_path / "training.ipynb"), {}, tmp_path / "run", progress=False)
     assert "step 5 of 10" not in capfd.readouterr().err
