@@ -131,7 +131,7 @@ AUGMENTATIONS: dict[str, dict[str, Callable]] = {"image": IMAGE_AUGMENTATIONS | 
 DEFAULT_AUGMENTATIONS = {"image": ("affine",), "audio": ("gain", "delay", "noise", "specaugment"), "text": ("window", "mask")}
 PRETRAINING_AUGMENTATIONS = {"image": (("crop",), ("crop", "colour", "grey")), "audio": (("gain", "delay"), DEFAULT_AUGMENTATIONS["audio"]), "text": ((), ())}  # one view; several
 
-# %% ../../nbs/14_data.load.ipynb #eb7cc72f
+# %% ../../nbs/14_data.load.ipynb #fbe9856a
 def augmentation_settings(
     function: Callable,  # one of `AUGMENTATIONS`
 ) -> dict[str, float]:   # by name, with the default values
@@ -155,6 +155,8 @@ def parse_augmentation(
             raise ConfigError(f"Augmentation {name} has no setting {setting!r}. {did_you_mean(setting, known)}")
         try:
             settings[setting] = type(known[setting])(value)
+            if not np.isfinite(settings[setting]):
+                raise ValueError
         except ValueError:
             raise ConfigError(f"Setting {setting} of augmentation {name} must be a number, such as {known[setting]}, not {value.strip()!r}.") from None
     return name, settings

@@ -6,7 +6,7 @@
 __all__ = ['with_threshold', 'answered', 'ConfusionGrid', 'cell_choice', 'sliders', 'answered_html', 'cell_html', 'explorable',
            'ErrorExplorer']
 
-# %% ../../nbs/65_explore.errors.ipynb #8a98fd97
+# %% ../../nbs/65_explore.errors.ipynb #c6040643
 import html
 from collections.abc import Callable, Sequence
 
@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, stable_hash
+from ..data.show import show_table
 from ..eval.errors import most_confused
 from ..eval.interval import wilson_interval
 from ..eval.metrics import check_predictions, confusion, measure
 from ..eval.predict import classes_of, problem_type_of
-from .view import View, cards_html, row_of, table_html
+from .view import View, cards_html, row_of
 
 # %% ../../nbs/65_explore.errors.ipynb #13552d08
 def with_threshold(
@@ -135,7 +136,7 @@ def explorable(
     if missing := set(predictions["item_id"].astype(str)) - set(items["item_id"].astype(str)):
         raise DataError(f"{len(missing):,} predicted items are not among the items (the first is {min(missing)}); give the items that were predicted.")
 
-# %% ../../nbs/65_explore.errors.ipynb #aeb94b63
+# %% ../../nbs/65_explore.errors.ipynb #83dce247
 class ErrorExplorer(View):
     "The items behind each cell of a confusion matrix. Raises `DataError` where an item has no class, or several."
 
@@ -178,4 +179,4 @@ class ErrorExplorer(View):
 
     def static(self) -> str:
         "What the sliders cost, the most frequent errors, and the items of the cell."
-        return self.score.value + table_html(most_confused(self.table).head(8)) + self.gallery.value
+        return self.score.value + show_table(most_confused(self.table).head(8)).to_html() + self.gallery.value
