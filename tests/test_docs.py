@@ -200,6 +200,7 @@ def test_a_good_site_has_no_problems(tmp_path):
     ('<script src="https://cdn.example/x.js"></script>', "fetched from elsewhere"),
     ('<link rel="stylesheet" href="//fonts.example/x.css">', "fetched from elsewhere"),
     ("<h1>Two</h1>", "2 main headings"),
+    ("<h2>Two</h2><h4>Four</h4>", "a heading of level 4 follows one of level 2"),
     ('<img src="b.html">', "1 images without a text"),
 ])
 def test_what_is_wrong_with_a_site_is_said(tmp_path, body, said):

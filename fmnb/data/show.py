@@ -7,7 +7,7 @@ __all__ = ['CARDS', 'show_images', 'show_texts', 'picture_card', 'sound_card', '
            'label_caption', 'show_items', 'show_table', 'show_groups', 'split_counts', 'plot_balance', 'plot_facts',
            'data_findings', 'show_augmented']
 
-# %% ../../nbs/15_data.show.ipynb #48db04cf
+# %% ../../nbs/15_data.show.ipynb #0b45e26e
 import base64
 import html
 import io
@@ -22,7 +22,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from ..core import DataError
+from ..core import DataError, stable_hash
 from .load import make_loader
 from .media import decode_audio, decode_image, modality_of
 from .prepare import Prepared
@@ -30,7 +30,7 @@ from .problem import find_problem_type, item_labels, split_labels
 from .sound import log_mel
 from .split import SPLITS
 
-# %% ../../nbs/15_data.show.ipynb #54475adc
+# %% ../../nbs/15_data.show.ipynb #0ab65f04
 def show_images(
     items: pd.DataFrame,      # `item_id`, `image`
     captions: Sequence[str],  # one an item, written above it
@@ -48,6 +48,11 @@ def show_images(
     return figure
 
 
+def _styled(table: pd.DataFrame, styles: list[dict]) -> Styler:
+    "Without its index; named after its contents in HTML, so that two tables of a page keep their own styles."
+    return table.style.hide(axis="index").set_table_styles(styles).set_uuid(stable_hash(table.astype(str).to_numpy().tolist())).format(escape="html")
+
+
 def show_texts(
     items: pd.DataFrame,      # `item_id`, `text`
     captions: Sequence[str],  # one an item, in the first column
@@ -59,7 +64,7 @@ def show_texts(
     table = pd.DataFrame({"": captions, "text": texts.to_numpy(), "item": items["item_id"].to_numpy()})
     left = [dict(selector="th, td", props="text-align: left; vertical-align: top"), dict(selector="td.col0", props="min-width: 8em"),
             dict(selector="td.col2", props="overflow-wrap: anywhere")]
-    return table.style.hide(axis="index").set_table_styles(left).set_uuid("texts").format(escape="html")
+    return _styled(table, left)
 
 # %% ../../nbs/15_data.show.ipynb #6e4a6fdb
 def _data_uri(data: bytes, kind: str) -> str:
@@ -151,7 +156,7 @@ def show_items(
         captions = item_labels(items).map(label_caption, na_action="ignore") if "label" in items and items["label"].notna().any() else items["item_id"]
     return {"image": show_images, "audio": show_sounds, "text": show_texts}[modality_of(items)](items, list(map(str, captions)))
 
-# %% ../../nbs/15_data.show.ipynb #9b1f7195
+# %% ../../nbs/15_data.show.ipynb #129fea27
 def show_table(
     table: pd.DataFrame,  # any table; its index is not shown
 ) -> Styler:
@@ -160,7 +165,7 @@ def show_table(
     long = [table[name].astype(str).str.len().max() > 30 for name in table]
     left += [dict(selector=f"td.col{i}", props="overflow-wrap: anywhere" if is_long else "white-space: nowrap") for i, is_long in enumerate(long)]
     numbers = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
-    return table.style.hide(axis="index").set_table_styles(left).set_uuid("table").format(escape="html").format("{:,}", subset=numbers)
+    return _styled(table, left).format("{:,}", subset=numbers)
 
 # %% ../../nbs/15_data.show.ipynb #532b072d
 def show_groups(

@@ -95,7 +95,7 @@ class DropZone(anywidget.AnyWidget):
     name = traitlets.Unicode("").tag(sync=True)        # of the file
     content = CByteMemoryView(b"").tag(sync=True)      # of the file
 
-# %% ../../nbs/71_explore.ask.ipynb #0844eee1
+# %% ../../nbs/71_explore.ask.ipynb #68269d1c
 def scores_html(
     answer: pd.Series,  # a row of a predictor's table
     most: int = 8,      # classes shown
@@ -105,7 +105,7 @@ def scores_html(
     sure = f", confidence {answer['confidence']:.1%}" if "confidence" in answer else ""
     bars = "".join(f'<tr><td style="text-align: right; padding-right: 8px">{html.escape(name)}</td><td style="width: 60%"><div style="width: {100 * value:.1f}%; min-width: 1px; height: 12px; background: steelblue"></div></td><td>{value:.3f}</td></tr>'
                    for name, value in scores.nlargest(most).items())
-    return f'<h4>{html.escape(str(answer["prediction"]) or "none")}{sure}</h4>' + (f'<table style="width: min(480px, 100%)">{bars}</table>' if bars else "")
+    return f'<p><strong>{html.escape(str(answer["prediction"]) or "none")}{sure}</strong></p>' + (f'<table style="width: min(480px, 100%)">{bars}</table>' if bars else "")
 
 
 def looked_at_html(
@@ -120,9 +120,9 @@ def looked_at_html(
         return "<p>Install fmnb[explain] to see what the model looks at.</p>"
     tokenizer = load_tokenizer(prepared.folder / "tokenizer.json") if prepared.modality == "text" else None
     shown = explain(model, inputs, ["as the model sees it"], tokenizer, prepared.preprocessing.get("mask_token") or 1, prepared.modality == "audio")
-    return f"<h4>What it looks at: red speaks for the answer, blue against it</h4>{shown.data if tokenizer else figure_html(shown, 'what the model looks at')}"
+    return f"<p><strong>What it looks at: red speaks for the answer, blue against it</strong></p>{shown.data if tokenizer else figure_html(shown, 'what the model looks at')}"
 
-# %% ../../nbs/71_explore.ask.ipynb #d2ff826a
+# %% ../../nbs/71_explore.ask.ipynb #62a283c7
 MOST_SEARCHED = 5000  # training items among which neighbours are sought
 
 
@@ -150,7 +150,7 @@ class Neighbours:
         rows, cosines = nearest(collection, features(self.predictor.model.backbone, loader)[0], k)
         found = self.items.set_index(self.items["item_id"].astype(str).rename(None)).loc[ids[rows[0]]]
         captions = found["label" if "label" in found else "item_id"].astype(str)
-        return "<h4>The most similar training items</h4>" + cards_html(found, list(captions), [f"cosine {cosine:.2f}" for cosine in cosines[0]])
+        return "<p><strong>The most similar training items</strong></p>" + cards_html(found, list(captions), [f"cosine {cosine:.2f}" for cosine in cosines[0]])
 
 # %% ../../nbs/71_explore.ask.ipynb #b0cd2e16
 def answer(

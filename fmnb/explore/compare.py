@@ -59,7 +59,7 @@ def _history(folder: Path) -> pd.DataFrame | None:
         return None
     return table if {"epoch", "train_loss", "valid_loss"} <= set(table) and bool({"accuracy", "metric"} & set(table)) and len(table) else None
 
-# %% ../../nbs/66_explore.compare.ipynb #03235c74
+# %% ../../nbs/66_explore.compare.ipynb #a5a6ffd7
 class RunComparer(View):
     "Some of the runs below a folder, side by side. Raises `RunError` where none has test metrics."
 
@@ -91,7 +91,7 @@ class RunComparer(View):
         if histories:
             parts.append(figure_html(plot_histories(histories), "losses and validation scores over the epochs"))
         if len(chosen) == 2:
-            parts.append(f"<h4>first: {html.escape(chosen[0])}<br>second: {html.escape(chosen[1])}</h4>" + diff_runs(*(self.root / name for name in chosen))._repr_html_())
+            parts.append(f"<p><strong>first: {html.escape(chosen[0])}<br>second: {html.escape(chosen[1])}</strong></p>" + diff_runs(*(self.root / name for name in chosen))._repr_html_())
         else:
             parts.append("<p>Choose two runs to see what differs, and whether the difference can be told from chance (hold Ctrl and click).</p>")
         self.shown.value = "".join(parts)

@@ -167,7 +167,7 @@ def _object(run: Run, name: str) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
-# %% ../../nbs/58_run.diff.ipynb #39b5c1b6
+# %% ../../nbs/58_run.diff.ipynb #6707ff37
 @dataclass(frozen=True, repr=False)
 class RunDiff:
     "What differs between two runs."
@@ -193,8 +193,8 @@ class RunDiff:
         return "\n\n".join([*parts, *self.notes])
 
     def _repr_html_(self) -> str:
-        parts = [f"<h4>{heading}</h4>{table.to_html(index=False, border=0)}" for heading, table in self.tables().items()]
-        parts += [f"<h4>Cell {change.cell} {change.kind}</h4><pre>{html.escape(chr(10).join(change.lines))}</pre>" for change in self.cells]
+        parts = [f"<p><strong>{heading}</strong></p>{table.to_html(index=False, border=0)}" for heading, table in self.tables().items()]
+        parts += [f"<p><strong>Cell {change.cell} {change.kind}</strong></p><pre>{html.escape(chr(10).join(change.lines))}</pre>" for change in self.cells]
         return "".join([*parts, *(f"<p>{html.escape(note)}</p>" for note in self.notes)])
 
 
