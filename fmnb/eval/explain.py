@@ -50,7 +50,7 @@ def attributions(
     gained = (outputs - emptied).gather(1, chosen[:, None])[:, 0]
     return shares.detach().cpu().numpy(), gained.detach().cpu().numpy()
 
-# %% ../../nbs/52_eval.explain.ipynb #6354b89d
+# %% ../../nbs/52_eval.explain.ipynb #413e7f7c
 def plot_attributions(
     images: np.ndarray,        # (items, height, width) or (items, height, width, channels), as a person would look at them
     shares: np.ndarray,        # of `attributions`, (items, height, width)
@@ -78,10 +78,10 @@ def show_token_attributions(
     glue = "" if any("\u0120" in token for words in tokens for token in words) else " "  # byte-level tokens bring their spaces along, written as G with a dot
 
     def coloured(token, share, most):
-        strength = 0.75 * abs(share) / most
         red, blue = (214, 69, 65), (65, 105, 225)
+        colour = 255 - 0.75 * abs(share) / most * (255 - np.array(red if share > 0 else blue))  # mixed with white: dark letters can be read on it on any page
         shown = html.escape(token.replace("\u0120", " ").replace("\u010a", " "))
-        return f'<span style="background:rgba({",".join(map(str, red if share > 0 else blue))},{strength:.2f})">{shown}</span>'
+        return f'<span style="color:#111; background:rgb({",".join(f"{part:.0f}" for part in colour)})">{shown}</span>'
     rows = []
     for words, values, caption in zip(tokens, shares, captions):
         most = np.abs(values[:len(words)]).max(initial=1e-9)
