@@ -74,7 +74,7 @@ def _read_defaults(file: Path, config: Config) -> tuple[Config, RangeTest | None
     found = kept["range_test"] and RangeTest(**kept["range_test"] | {"curve": pd.DataFrame(kept["range_test"]["curve"]), "allowed": tuple(kept["range_test"]["allowed"])})
     return replace(config, **kept["found"]), found
 
-# %% ../../nbs/35_train.finetune.ipynb #648d68dc
+# %% ../../nbs/35_train.finetune.ipynb #bcfb920d
 def measure_defaults(
     learn: StepLearner,  # left as it is
     config: Config,      # after `choose_defaults`
@@ -96,7 +96,9 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str) -> tupl
     "The measurement itself."
     settings, found = parse_recipe(config.recipe), None
     if not settings.precision:
-        settings = replace(settings, precision=choose_precision(next(learn.model.parameters()).device, learn.model))
+        with trial(learn) as probe:
+            *inputs, _ = probe.dls.one_batch()
+        settings = replace(settings, precision=choose_precision(next(learn.model.parameters()).device, learn.model, tuple(inputs)))
         config = replace(config, recipe=f"{config.recipe}, precision={settings.precision}")
     if config.learning_rate and not config.budget:
         return config, None
