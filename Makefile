@@ -26,8 +26,12 @@ demo: $(INSTALLED)  ## train and compare a CNN, an RNN and a Transformer on hand
 test: $(INSTALLED)  ## notebooks in sync, clean and executed; contracts, workflows, reports
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-bench: $(INSTALLED)  ## fmnb and its peers in turn; keep the machine free meanwhile
+bench: $(VENV)/.bench  ## fmnb and its peers in turn; keep the machine free meanwhile
 	for notebook in nbs/benchmarks/*.ipynb; do $(BIN)/fmnb run "$$notebook" --out "runs/bench/$$(basename "$$notebook" .ipynb)" --overwrite || exit 1; done
+
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[bench]"
+	@touch $@
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'AUGMENTATIONS', 'DEFAULT_AUGMENTATIONS', 'PRETRAINING_AUGMENTATIONS', 'Batches', 'ImageBatches',
-           'SoundBatches', 'TextBatches', 'BatchLoader', 'augmentation_settings', 'parse_augmentation',
+           'SoundBatches', 'pad_tokens', 'TextBatches', 'BatchLoader', 'augmentation_settings', 'parse_augmentation',
            'choose_augmentations', 'batch_transform', 'make_loader', 'make_dataloaders']
 
 # %% ../../nbs/14_data.load.ipynb #3e7320e9
@@ -55,7 +55,7 @@ class Batches:
         return [torch.from_numpy(table[name].chunk(0).values.to_numpy().reshape(-1, width)[chosen] if width else np.zeros((len(chosen), 0), kind))
                 for name, (width, kind) in widths.items()]
 
-# %% ../../nbs/14_data.load.ipynb #16ccfb54
+# %% ../../nbs/14_data.load.ipynb #8829a8f0
 class ImageBatches(Batches):
     "Images (batch, channels, height, width), uint8."
 
@@ -72,6 +72,18 @@ class SoundBatches(Batches):
         return torch.from_numpy(prepared_spectrograms(self.prepared)[chosen]).unsqueeze(1).float()
 
 
+def pad_tokens(
+    values: np.ndarray,   # token ids of all texts, end to end
+    offsets: np.ndarray,  # (texts + 1,): those of text i stand between offsets i and i + 1
+    chosen: np.ndarray,   # numbers of texts
+) -> torch.Tensor:        # int64, (chosen, longest), padded with 0 at the end
+    "Some texts as one tensor."
+    starts, lengths = offsets[chosen], offsets[chosen + 1] - offsets[chosen]
+    columns = np.arange(lengths.max())
+    inside = columns < lengths[:, None]
+    return torch.from_numpy(np.where(inside, values[np.where(inside, starts[:, None] + columns, 0)], 0).astype(np.int64))
+
+
 class TextBatches(Batches):
     "Token ids (batch, longest), int64, padded with 0 at the end."
 
@@ -82,12 +94,7 @@ class TextBatches(Batches):
 
     def contents(self, chosen: np.ndarray) -> torch.Tensor:
         "Gathered from the row of all tokens in one operation."
-        values, offsets = prepared_tokens(self.prepared)
-        starts, lengths = offsets[chosen], offsets[chosen + 1] - offsets[chosen]
-        columns = np.arange(lengths.max())
-        inside = columns < lengths[:, None]
-        tokens = np.where(inside, values[np.where(inside, starts[:, None] + columns, 0)], 0)
-        return torch.from_numpy(tokens.astype(np.int64))
+        return pad_tokens(*prepared_tokens(self.prepared), chosen)
 
 
 BATCHES = {"image": ImageBatches, "audio": SoundBatches, "text": TextBatches}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WINDOW_SECONDS', 'HOP_SECONDS', 'FLOOR', 'SOUND_AUGMENTATIONS', 'log_mel', 'guess_rate_and_seconds',
-           'spectrogram_column', 'band_statistics', 'random_gain', 'random_delay', 'random_noise', 'spec_augment',
-           'add_deltas']
+           'fit_spectrogram', 'spectrogram_column', 'band_statistics', 'random_gain', 'random_delay', 'random_noise',
+           'spec_augment', 'add_deltas']
 
 # %% ../../nbs/08_data.sound.ipynb #31bd8bd6
 import math
@@ -60,7 +60,17 @@ def guess_rate_and_seconds(
     rates, seconds = zip(*facts)
     return min(highest, int(pd.Series(rates).mode()[0])), round(min(longest, max(0.1, float(np.quantile(seconds, 0.95)))), 2)
 
-# %% ../../nbs/08_data.sound.ipynb #ec35031f
+# %% ../../nbs/08_data.sound.ipynb #793a521b
+def fit_spectrogram(
+    spectrogram: np.ndarray,  # (any number of frames, bands)
+    frames: int,              # wanted
+) -> np.ndarray:              # float16, (frames, bands)
+    "The middle of what is too long; silence after what is too short."
+    start = max(0, (len(spectrogram) - frames) // 2)
+    part = spectrogram[start:start + frames].astype(np.float16)
+    return np.concatenate([part, np.full((frames - len(part), part.shape[1]), math.log(FLOOR), dtype=np.float16)])
+
+
 def spectrogram_column(
     items: pd.DataFrame,          # `item_id`, `audio`, `split`, in the order of the rows to write
     file: Path,                   # a new file for the spectrograms
@@ -76,14 +86,11 @@ def spectrogram_column(
         rate, seconds = settings["sample_rate"] or guessed[0], settings["max_seconds"] or guessed[1]
         frames, bands = 1 + math.ceil(seconds / HOP_SECONDS), 40 if rate <= 8000 else 64
     array = np.memmap(file, dtype=np.float16, mode="w+", shape=(len(items), frames, bands))
-    array[:] = math.log(FLOOR)
     lengths = np.zeros(len(items), dtype=np.int64)
     sources, ids = items["audio"].tolist(), items["item_id"].tolist()
     for row in range(len(ids)):
         spectrogram = log_mel(decode_audio(sources[row], ids[row], rate)[0], rate, bands)
-        start = max(0, (len(spectrogram) - frames) // 2)
-        lengths[row] = min(frames, len(spectrogram))
-        array[row, : lengths[row]] = spectrogram[start:start + frames]
+        lengths[row], array[row] = min(frames, len(spectrogram)), fit_spectrogram(spectrogram, frames)
     if not like:
         spec = dict(modality="audio", channels=3, height=frames, width=bands)
         preprocessing = dict(sample_rate=rate, seconds=(frames - 1) * HOP_SECONDS) | band_statistics(array, lengths, (items["split"] == "train").to_numpy())

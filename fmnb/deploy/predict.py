@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['new_items', 'Predictor', 'load_predictor']
 
-# %% ../../nbs/70_deploy.predict.ipynb #1581908c
-import tempfile
+# %% ../../nbs/70_deploy.predict.ipynb #04395507
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 
 from ..core import DataError
-from ..data.load import make_loader
+from ..data.columns import apply_columns
+from ..data.encode import Encoder
 from ..data.media import modality_of
-from ..data.prepare import Prepared, prepare
 from ..data.quality import check, repair
 from ..data.source import load_items
 from ..eval.predict import READINGS
@@ -45,12 +45,28 @@ def new_items(
         raise DataError(f"The model takes {modality} data and these are {found} data; choose another model.")
     return items.drop(columns="label", errors="ignore").assign(split="train")
 
-# %% ../../nbs/70_deploy.predict.ipynb #585e9c9e
+# %% ../../nbs/70_deploy.predict.ipynb #f2e97eb7
 @dataclass(frozen=True)
 class Predictor:
-    "A trained model, ready to be asked: `predictor(data)` gives a table."
+    "A trained model, ready to be asked."
     model: Model
     like: Mapping[str, Any]  # what new data must go through
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        "What makes batches of contents."
+        return Encoder(self.like, next(self.model.parameters()).device)
+
+    @torch.inference_mode()
+    def scores(
+        self,
+        contents: Sequence[Any],    # images, recordings or texts, as `Encoder` takes them; one batch
+        names: Sequence[str] = (),  # of the items, for messages; empty = their numbers
+        columns: Sequence[torch.Tensor] = (),  # of `apply_columns`, where the model takes columns
+    ) -> np.ndarray:                # (items, classes): probabilities, in the order of `model.description["classes"]`; (items,): numbers
+        "What the model says. Raises `DataError` that names the first item that cannot be read."
+        outputs = self.model(self.encoder(contents, names), *columns)
+        return self.model.head.predict(outputs.cpu().double()).numpy()
 
     def __call__(
         self,
@@ -63,21 +79,21 @@ class Predictor:
         readable, refused = repair(asked, check(asked, kinds, near=False), kinds)
         problems = dict(zip(refused["item_id"], refused["evidence"]))
         answers = asked[["item_id"]].assign(problem=[problems.get(item_id, "") for item_id in asked["item_id"]])
-        with tempfile.TemporaryDirectory() as folder:
-            found = self._answers(prepare(readable, like=self.like, folder=Path(folder) / "prepared"), batch_size) if len(readable) else pd.DataFrame({"item_id": []})
+        found = self._answers(readable, batch_size) if len(readable) else pd.DataFrame({"item_id": []})
         return answers.merge(found, on="item_id", how="left").pipe(lambda table: table[[*table.columns.drop("problem"), "problem"]])
 
-    @torch.inference_mode()
-    def _answers(self, prepared: Prepared, batch_size: int) -> pd.DataFrame:
-        "What the model says of prepared items."
-        device = next(self.model.parameters()).device
-        loader = make_loader(prepared, "train", batch_size, device=device)
-        outputs = torch.cat([self.model(*inputs).float().cpu() for *inputs, _ in loader])
-        predicted, described = self.model.head.predict(outputs.double()).numpy(), self.model.description
+    def _answers(self, items: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+        "What the model says of readable items; texts of like length are asked together."
+        described, modality = self.model.description, self.like["input_spec"]["modality"]
+        items = items.iloc[np.argsort(items["text"].str.len(), kind="stable")] if modality == "text" else items
+        contents, names = items[modality].tolist(), items["item_id"].astype(str).tolist()
+        fitted = self.like["preprocessing"].get("columns")
+        columns = [torch.from_numpy(part).to(self.encoder.device) for part in apply_columns(items, fitted)] if fitted else []
+        batches = (slice(start, start + batch_size) for start in range(0, len(items), batch_size))
+        predicted = np.concatenate([self.scores(contents[part], names[part], [values[part] for values in columns]) for part in batches])
         classes, kind = described["classes"], described.get("problem_type", "single_label")
         unknown = np.zeros(predicted.shape if kind == "multi_label" else len(predicted), dtype=int)  # targets, which nobody has
-        said = READINGS[kind](unknown, predicted, np.asarray(classes, dtype=object))[1]
-        table = pd.DataFrame({"item_id": prepared.item_ids[loader.dataset.positions], "prediction": said})
+        table = pd.DataFrame({"item_id": items["item_id"].to_numpy(), "prediction": READINGS[kind](unknown, predicted, np.asarray(classes, dtype=object))[1]})
         if kind == "single_label":
             table["confidence"] = predicted.max(axis=1)
         return table.assign(**{f"score_{name}": predicted[:, number] for number, name in enumerate(classes)})

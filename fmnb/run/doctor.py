@@ -21,10 +21,10 @@ from packaging.requirements import Requirement
 from ..core import cache_dir
 from .machine import hardware
 
-# %% ../../nbs/56_run.doctor.ipynb #fa94bdeb
+# %% ../../nbs/56_run.doctor.ipynb #78a0e1c2
 EXTRAS = {  # what each extra is for
     "hub": "pretrained models of timm and Hugging Face, data sets of the hub", "lora": "the recipe lora", "tune": "hyper-parameter search", "explain": "what a model looks at, in the report evaluate",
-    "diff": "code in `fmnb diff`", "track": "TensorBoard and MLflow", "deploy": "export to ONNX", "docs": "building the documentation",
+    "diff": "code in `fmnb diff`", "track": "TensorBoard and MLflow", "deploy": "export to ONNX", "docs": "building the documentation", "bench": "a peer of the benchmarks",
 }
 
 
