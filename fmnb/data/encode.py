@@ -23,11 +23,18 @@ from .prepare import Prepared
 from .sound import fit_spectrogram, log_mel
 from .text import load_tokenizer
 
-# %% ../../nbs/17_data.encode.ipynb #ec9ce7ac
+# %% ../../nbs/17_data.encode.ipynb #6070109c
+def _present(source: Any, name: str) -> bytes | str | Path:
+    "A source that there is. Raises `DataError` for a gap in a table."
+    if not isinstance(source, bytes | str | Path):
+        raise DataError(f"Item {name} has no contents ({source!r}); fill them in or take the item out.")
+    return source
+
+
 def _pixels(source: Any, name: str) -> np.ndarray:
     "uint8 (height, width, 1 or 3), whatever the image is given as."
     if not isinstance(source, np.ndarray):
-        return decode_pixels(source, name)
+        return decode_pixels(_present(source, name), name)
     pixels = source[..., None] if source.ndim == 2 else source
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
         raise DataError(f"Item {name} is an array {source.shape} of {source.dtype}; pixels are uint8, (height, width) or (height, width, 1 or 3).")
@@ -44,11 +51,11 @@ def encode_images(
     size = (spec["height"], spec["width"])
     return torch.from_numpy(np.stack([set_channels(fit_image(_pixels(source, name), size, fit), spec["channels"]).transpose(2, 0, 1) for source, name in zip(sources, names, strict=True)]))
 
-# %% ../../nbs/17_data.encode.ipynb #c2c0a141
+# %% ../../nbs/17_data.encode.ipynb #aa82b042
 def _samples(source: Any, name: str, rate: int) -> np.ndarray:
     "float32 (samples,) at the wanted rate, whatever the recording is given as."
     if not isinstance(source, tuple):
-        return decode_audio(source, name, rate)[0]
+        return decode_audio(_present(source, name), name, rate)[0]
     samples, recorded = np.asarray(source[0]), int(source[1])
     if samples.dtype.kind != "f" or samples.ndim != 1 or not samples.size or not np.isfinite(samples).all() or recorded < 1:
         raise DataError(f"Item {name} is an array {samples.shape} of {samples.dtype} at {recorded} Hz; a recording is finite floating-point samples in [-1, 1], one channel, and its rate.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_items', 'Predictor', 'load_predictor']
 
-# %% ../../nbs/70_deploy.predict.ipynb #04395507
+# %% ../../nbs/70_deploy.predict.ipynb #52d93357
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,14 +20,13 @@ from ..core import DataError
 from ..data.columns import apply_columns
 from ..data.encode import Encoder
 from ..data.media import modality_of
-from ..data.quality import check, repair
 from ..data.source import load_items
 from ..eval.predict import READINGS
 from ..model.head import Model
 from ..model.start import find_start
 from ..model.store import load_model
 
-# %% ../../nbs/70_deploy.predict.ipynb #24401c7e
+# %% ../../nbs/70_deploy.predict.ipynb #1c633568
 def new_items(
     data: Any,      # a source, as for the parameter `data`; a DataFrame; or a list of texts or of files
     modality: str,  # of the model: 'image', 'audio' or 'text'
@@ -43,9 +42,9 @@ def new_items(
         raise DataError("There is nothing to predict; give at least one item.")
     if (found := modality_of(items)) != modality:
         raise DataError(f"The model takes {modality} data and these are {found} data; choose another model.")
-    return items.drop(columns="label", errors="ignore").assign(split="train")
+    return items.drop(columns="label", errors="ignore")
 
-# %% ../../nbs/70_deploy.predict.ipynb #f2e97eb7
+# %% ../../nbs/70_deploy.predict.ipynb #3d19c55e
 @dataclass(frozen=True)
 class Predictor:
     "A trained model, ready to be asked."
@@ -74,26 +73,34 @@ class Predictor:
         batch_size: int = 256,  # items at a time
     ) -> pd.DataFrame:          # `item_id`, `prediction`, `confidence` with one class an item, one column `score_CLASS` a class, `problem` (empty = none)
         "Predict new items. Raises `DataError` where there are none, or of another modality."
-        asked = new_items(data, self.like["input_spec"]["modality"])
-        kinds = ("unreadable", "empty")
-        readable, refused = repair(asked, check(asked, kinds, near=False), kinds)
-        problems = dict(zip(refused["item_id"], refused["evidence"]))
-        answers = asked[["item_id"]].assign(problem=[problems.get(item_id, "") for item_id in asked["item_id"]])
-        found = self._answers(readable, batch_size) if len(readable) else pd.DataFrame({"item_id": []})
-        return answers.merge(found, on="item_id", how="left").pipe(lambda table: table[[*table.columns.drop("problem"), "problem"]])
-
-    def _answers(self, items: pd.DataFrame, batch_size: int) -> pd.DataFrame:
-        "What the model says of readable items; texts of like length are asked together."
-        described, modality = self.model.description, self.like["input_spec"]["modality"]
-        items = items.iloc[np.argsort(items["text"].str.len(), kind="stable")] if modality == "text" else items
+        asked, modality, classes = new_items(data, self.like["input_spec"]["modality"]), self.like["input_spec"]["modality"], np.asarray(self.model.description["classes"], dtype=object)
+        items = asked.iloc[np.argsort(asked["text"].astype(str).str.len(), kind="stable")] if modality == "text" else asked  # texts of like length are asked together
         contents, names = items[modality].tolist(), items["item_id"].astype(str).tolist()
         fitted = self.like["preprocessing"].get("columns")
         columns = [torch.from_numpy(part).to(self.encoder.device) for part in apply_columns(items, fitted)] if fitted else []
-        batches = (slice(start, start + batch_size) for start in range(0, len(items), batch_size))
-        predicted = np.concatenate([self.scores(contents[part], names[part], [values[part] for values in columns]) for part in batches])
-        classes, kind = described["classes"], described.get("problem_type", "single_label")
+        parts = [slice(start, start + batch_size) for start in range(0, len(items), batch_size)]
+        said = [answer for part in parts for answer in self._answers(contents[part], names[part], [values[part] for values in columns])]
+        table = pd.DataFrame({"item_id": items["item_id"].to_numpy(), "problem": [answer if isinstance(answer, str) else "" for answer in said]})
+        if predicted := [answer for answer in said if not isinstance(answer, str)]:
+            found = self._read(np.stack(predicted), classes).set_index(np.flatnonzero(table["problem"] == ""))
+            table = pd.concat([table[["item_id"]], found, table[["problem"]]], axis=1)
+        return asked[["item_id"]].merge(table, on="item_id", how="left")
+
+    def _answers(self, contents: list[Any], names: list[str], columns: list[torch.Tensor]) -> list[np.ndarray | str]:
+        "What the model says of each item of a batch, or why it cannot be asked."
+        try:
+            return list(self.scores(contents, names, columns))
+        except DataError as error:
+            if len(contents) == 1:
+                return [str(error)]
+            ones = [slice(row, row + 1) for row in range(len(contents))]
+            return [answer for one in ones for answer in self._answers(contents[one], names[one], [values[one] for values in columns])]
+
+    def _read(self, predicted: np.ndarray, classes: np.ndarray) -> pd.DataFrame:
+        "Scores as a table."
+        kind = self.model.description.get("problem_type", "single_label")
         unknown = np.zeros(predicted.shape if kind == "multi_label" else len(predicted), dtype=int)  # targets, which nobody has
-        table = pd.DataFrame({"item_id": items["item_id"].to_numpy(), "prediction": READINGS[kind](unknown, predicted, np.asarray(classes, dtype=object))[1]})
+        table = pd.DataFrame({"prediction": READINGS[kind](unknown, predicted, classes)[1]})
         if kind == "single_label":
             table["confidence"] = predicted.max(axis=1)
         return table.assign(**{f"score_{name}": predicted[:, number] for number, name in enumerate(classes)})
