@@ -33,9 +33,13 @@ def test_report_at_default_size(path, tmp_path):
 
 SMALL = {"10_loading": {"n_images": 800, "repeats": 1}, "20_shakespeare": {"data": "nowhere", "steps": 10, "peer_steps": 20, "repeats": 1},
          "21_families": {"data": "nowhere", "minutes": 0.02, "repeats": 1, "context": 32, "width": 96},
+         "26_selection": {"data": "nowhere", "only": "digits", "search_minutes": 0.15, "budget": 0.25, "families": "cnn"},
          "30_finetuning": {"data": "nowhere", "epochs": 1, "repeats": 1, "at_most": 48},
          "31_tasks": {"data": "nowhere", "minutes": 0.02},
-         "42_sweep": {"n_runs": 2, "seconds": 0.1, "n_trainings": 1, "epochs": 1, "repeats": 1, "n_listed": 20}, "50_coverage": {"trials": 6, "resamples": 100}, "51_gallery": {"data": "nowhere", "minutes": 0.02, "n_seeds": 2}}
+         "32_photographs": {"data": "nowhere", "budget": 0.02, "quick": 0.01, "rates": "0.003"},
+         "33_sentences": {"data": "nowhere", "epochs": 1, "rates": "0.01", "budgets": "0.02", "seeds": 1},
+         "42_sweep": {"n_runs": 2, "seconds": 0.1, "n_trainings": 1, "epochs": 1, "repeats": 1, "n_listed": 20}, "50_coverage": {"trials": 6, "resamples": 100}, "51_gallery": {"data": "nowhere", "minutes": 0.02, "n_seeds": 2},
+         "60_overhead": {"n_steps": 20, "repeats": 1, "starts": 1, "n_single": 6, "n_batch": 40}, "61_scaling": {"largest": 600, "repeats": 1}}
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=notebook_id)

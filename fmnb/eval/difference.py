@@ -217,12 +217,12 @@ def _mean_draws(parts: Sequence[Sequence[pd.DataFrame]], metric: str, resamples:
     drawn = [[_drawn_seeds(_seed_scores(part, weights, metric), rng) for part in parts] for weights in bootstrap_weights(n_items, resamples)]
     return values, np.concatenate([np.stack(part) for part in drawn], axis=1)
 
-# %% ../../nbs/52_eval.difference.ipynb #264a420e
+# %% ../../nbs/52_eval.difference.ipynb #8811e085
 def seed_score(
     tables: Sequence[pd.DataFrame],  # predictions tables of one model's seeds, of the same items
     level: float = 0.95,             # coverage, in (0, 1)
     resamples: int = 4000,           # bootstrap resamples
-) -> dict[str, float]:               # value, low, high; deviation over seeds (NaN for one)
+) -> dict[str, float]:               # value, low, high (1 at most, the best of every main metric); deviation over seeds (NaN for one)
     "The main metric averaged over seeds, with seeds and items as sources of chance. Raises `DataError` for different items."
     tables = [table.sort_values("item_id", ignore_index=True) for table in tables]
     check_same_items({f"run {number}": table for number, table in enumerate(tables, 1)})
@@ -230,7 +230,7 @@ def seed_score(
     (value,), (drawn,) = _mean_draws([tables], metric, resamples)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     single = _seed_scores(tables, np.ones((1, len(tables[0]))), metric)[:, 0]
-    return {"value": float(value), "low": float(low), "high": float(high), "deviation": float(single.std(ddof=1)) if len(single) > 1 else np.nan}
+    return {"value": float(value), "low": float(low), "high": min(1.0, float(high)), "deviation": float(single.std(ddof=1)) if len(single) > 1 else np.nan}
 
 # %% ../../nbs/52_eval.difference.ipynb #41807644
 def seed_difference(
