@@ -47,7 +47,7 @@ class KeepFrozen(Callback):
         for module in resting_modules(self.learn.model):
             module.eval()
 
-# %% ../../nbs/30_train.callback.ipynb #b792a237
+# %% ../../nbs/30_train.callback.ipynb #fd9624e3
 class WeightAverage(Callback):
     "Keep an exponential moving average of the weights; validate with it and end with it."
 
@@ -60,20 +60,20 @@ class WeightAverage(Callback):
     def before_fit(self):
         self.length = max(2.0, self.horizon * (self.learn.state.total or self.n_epoch * len(self.dls.train)))
         moving = moving_tensors(self.learn.model)
-        self.count = {"updates": 0}  # not an attribute: fastai looks through Learner and model for one of the same name whenever it is set
+        self.tally = {"updates": 0}  # not an attribute: fastai looks through Learner and model for one of the same name whenever it is set
         self.average = copy.deepcopy(self.learn.model).requires_grad_(False).eval()
         own = {name: tensor.detach() for name, tensor in (*self.average.named_parameters(), *self.average.named_buffers())}
         self.names, self.weights, self.averages = list(moving), list(moving.values()), [own[name] for name in moving]
         if self.kept is not None:
-            self.count["updates"] = self.kept["updates"]
+            self.tally["updates"] = self.kept["updates"]
             torch._foreach_copy_(self.averages, [self.kept["average"][name] for name in moving])
             self.kept = None
 
     def after_step(self):
-        n_updates = self.count["updates"]
+        n_updates = self.tally["updates"]
         decay = min(1 - 1 / self.length, (1 + n_updates) / (10 + n_updates))
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
-        self.count["updates"] += 1
+        self.tally["updates"] += 1
 
     def before_validate(self):
         self.trained, self.learn.model = self.learn.model, self.average
@@ -86,7 +86,7 @@ class WeightAverage(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         "What a checkpoint keeps of it."
-        return dict(updates=self.count["updates"], average=dict(zip(self.names, self.averages)))
+        return dict(updates=self.tally["updates"], average=dict(zip(self.names, self.averages)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on from there in the next fit."

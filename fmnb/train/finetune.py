@@ -26,7 +26,7 @@ from .precision import choose_precision
 from .recipe import RecipeSettings, Stage, parse_recipe, plan, rate_range
 from .step import StepLearner
 
-# %% ../../nbs/35_train.finetune.ipynb #cb2d4d2a
+# %% ../../nbs/35_train.finetune.ipynb #ce4a3923
 def quickest_precision(
     learn: StepLearner,  # left as it is
 ) -> str:                # 'float32', 'bfloat16' or 'float16'
@@ -35,7 +35,7 @@ def quickest_precision(
         *inputs, _ = probe.dls.one_batch()
     return choose_precision(next(learn.model.parameters()).device, learn.model, tuple(inputs))
 
-
+# %% ../../nbs/35_train.finetune.ipynb #924e368a
 def set_out(
     learn: StepLearner,        # its model is prepared in place
     settings: RecipeSettings,  # of the recipe

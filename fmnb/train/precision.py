@@ -90,7 +90,7 @@ def model_seconds(
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda" if device.type == "cpu" else device.type):
         return _quickest(work, device, repeats)
 
-# %% ../../nbs/29_train.precision.ipynb #c4770e37
+# %% ../../nbs/29_train.precision.ipynb #77d5931e
 WIDE = 192
 
 
@@ -110,7 +110,7 @@ def mean_width(
     matrices = [weight.flatten(1) for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim > 1]
     return sum(min(matrix.shape) * matrix.numel() for matrix in matrices) / max(1, sum(matrix.numel() for matrix in matrices))
 
-
+# %% ../../nbs/29_train.precision.ipynb #4a021651
 def _seconds(device: torch.device, model: nn.Module | None, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
     "What the choice goes by; float32 alone where another precision is out of the question."
     recurrent = model is not None and recurrent_share(model) > 0.5
