@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['new_items', 'Predictor', 'load_predictor']
 
-# %% ../../nbs/70_deploy.predict.ipynb #52d93357
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/70_deploy.predict.ipynb #a2fbc2ef
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,28 @@ def new_items(
         raise DataError(f"The model takes {modality} data and these are {found} data; choose another model.")
     return items.drop(columns="label", errors="ignore")
 
-# %% ../../nbs/70_deploy.predict.ipynb #3d19c55e
+# %% ../../nbs/70_deploy.predict.ipynb #f75b12a7
+def _answers(ask: Callable[..., np.ndarray], contents: list[Any], names: list[str], columns: list[torch.Tensor]) -> list[np.ndarray | str]:
+    "What a model says of each item of a batch, or why it cannot be asked."
+    try:
+        return list(ask(contents, names, columns))
+    except DataError as error:
+        if len(contents) == 1:
+            return [str(error)]
+        ones = [slice(row, row + 1) for row in range(len(contents))]
+        return [answer for one in ones for answer in _answers(ask, contents[one], names[one], [values[one] for values in columns])]
+
+
+def _read(predicted: np.ndarray, description: Mapping[str, Any]) -> pd.DataFrame:
+    "Scores as a table."
+    classes, kind = np.asarray(description["classes"], dtype=object), description.get("problem_type", "single_label")
+    unknown = np.zeros(predicted.shape if kind == "multi_label" else len(predicted), dtype=int)  # targets, which nobody has
+    table = pd.DataFrame({"prediction": READINGS[kind](unknown, predicted, classes)[1]})
+    if kind == "single_label":
+        table["confidence"] = predicted.max(axis=1)
+    return table.assign(**{f"score_{name}": predicted[:, number] for number, name in enumerate(classes)})
+
+# %% ../../nbs/70_deploy.predict.ipynb #a8ee108d
 @dataclass(frozen=True)
 class Predictor:
     "A trained model, ready to be asked."
@@ -73,37 +94,19 @@ class Predictor:
         batch_size: int = 256,  # items at a time
     ) -> pd.DataFrame:          # `item_id`, `prediction`, `confidence` with one class an item, one column `score_CLASS` a class, `problem` (empty = none)
         "Predict new items. Raises `DataError` where there are none, or of another modality."
-        asked, modality, classes = new_items(data, self.like["input_spec"]["modality"]), self.like["input_spec"]["modality"], np.asarray(self.model.description["classes"], dtype=object)
+        modality = self.like["input_spec"]["modality"]
+        asked = new_items(data, modality)
         items = asked.iloc[np.argsort(asked["text"].astype(str).str.len(), kind="stable")] if modality == "text" else asked  # texts of like length are asked together
         contents, names = items[modality].tolist(), items["item_id"].astype(str).tolist()
         fitted = self.like["preprocessing"].get("columns")
         columns = [torch.from_numpy(part).to(self.encoder.device) for part in apply_columns(items, fitted)] if fitted else []
         parts = [slice(start, start + batch_size) for start in range(0, len(items), batch_size)]
-        said = [answer for part in parts for answer in self._answers(contents[part], names[part], [values[part] for values in columns])]
+        said = [answer for part in parts for answer in _answers(self.scores, contents[part], names[part], [values[part] for values in columns])]
         table = pd.DataFrame({"item_id": items["item_id"].to_numpy(), "problem": [answer if isinstance(answer, str) else "" for answer in said]})
         if predicted := [answer for answer in said if not isinstance(answer, str)]:
-            found = self._read(np.stack(predicted), classes).set_index(np.flatnonzero(table["problem"] == ""))
+            found = _read(np.stack(predicted), self.model.description).set_index(np.flatnonzero(table["problem"] == ""))
             table = pd.concat([table[["item_id"]], found, table[["problem"]]], axis=1)
         return asked[["item_id"]].merge(table, on="item_id", how="left")
-
-    def _answers(self, contents: list[Any], names: list[str], columns: list[torch.Tensor]) -> list[np.ndarray | str]:
-        "What the model says of each item of a batch, or why it cannot be asked."
-        try:
-            return list(self.scores(contents, names, columns))
-        except DataError as error:
-            if len(contents) == 1:
-                return [str(error)]
-            ones = [slice(row, row + 1) for row in range(len(contents))]
-            return [answer for one in ones for answer in self._answers(contents[one], names[one], [values[one] for values in columns])]
-
-    def _read(self, predicted: np.ndarray, classes: np.ndarray) -> pd.DataFrame:
-        "Scores as a table."
-        kind = self.model.description.get("problem_type", "single_label")
-        unknown = np.zeros(predicted.shape if kind == "multi_label" else len(predicted), dtype=int)  # targets, which nobody has
-        table = pd.DataFrame({"prediction": READINGS[kind](unknown, predicted, classes)[1]})
-        if kind == "single_label":
-            table["confidence"] = predicted.max(axis=1)
-        return table.assign(**{f"score_{name}": predicted[:, number] for number, name in enumerate(classes)})
 
 # %% ../../nbs/70_deploy.predict.ipynb #c581df5c
 def load_predictor(
