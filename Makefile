@@ -47,7 +47,8 @@ notebooks: $(INSTALLED)  ## execute all notebooks but the reports in place, so t
 
 readme: $(INSTALLED)  ## write README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --RegexRemovePreprocessor.patterns='["#\\|\\s*hide"]' nbs/index.ipynb \
-		| sed 's#](images/#](nbs/images/#g' > $(README)
+		| sed 's#](images/#](nbs/images/#g' \
+		| awk '/^```./ { inside = 1 } /^```$$/ { if (inside = !inside) { print "```python"; next } } { print }' > $(README)
 
 docs: $(VENV)/.docs  ## the site, from the notebooks as they stand: _docs/index.html
 	$(BIN)/python docs/build.py

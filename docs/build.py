@@ -12,6 +12,7 @@ def main() -> int:
     "Build the site; 0 if nothing is wrong with it."
     from api import read_modules
     from check import check_site
+    from mend import valid_html
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
     from pages import write_pages
@@ -26,6 +27,8 @@ def main() -> int:
                 f"{settings.doc_host}{settings.doc_baseurl}/", f"{settings.git_url}/blob/{settings.branch}/{settings.nbs_path.name}")
     if build_main(["-W", "--keep-going", "-q", "-c", str(ROOT / "docs"), "-d", str(work / "doctrees"), str(work / "pages"), str(work / "html")]):
         return 1
+    for page in (work / "html").rglob("*.html"):
+        page.write_text(valid_html(page.read_text(encoding="utf-8")), encoding="utf-8")
     if problems := check_site(work / "html"):
         print("\n".join(problems), file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "docs"))
 
 from api import Module, Writer, arguments, escape, names_of, read_modules  # noqa: E402
 from check import check_site, read_facts  # noqa: E402
+from mend import valid_html  # noqa: E402
 from pages import Links, Page, figure_text, make_page, navigation, read_page, rooms  # noqa: E402
 
 SOURCE = '''"""A module."""
@@ -174,6 +175,11 @@ def test_types_are_linked_piece_by_piece(links):
 def test_entries_keep_the_order_of_the_source(links):
     page = make_page(cells("show_doc(fill)", "show_doc(BoxError)", "md:Then", "show_doc(Box)"), links.pages[1], links, "")
     assert [re.search(r"} (\w+)", cell.source)[1] for cell in page.cells[1:] if "{py:" in cell.source and "## Values" not in cell.source] == ["BoxError", "fill", "Box"]
+
+
+def test_what_libraries_write_becomes_valid():
+    page = '<head></head><div><style scoped>a {}</style><p>x</p><style type="text/css">#T_1 td {}</style><th class="blank level0" >&nbsp;</th><th halign="left">y</th></div><pre>one <div class="v">two\n</div></pre>'
+    assert valid_html(page) == '<head><style type="text/css">#T_1 td {}</style></head><div><p>x</p><td class="blank level0"></td><th>y</th></div><pre>one <span class="v">two\n</span></pre>'
 
 
 # --- The check ---
