@@ -59,7 +59,7 @@ def recurrent_seconds(
         states.float().sum().backward()
     return _quickest(work, device, repeats)
 
-# %% ../../nbs/29_train.precision.ipynb #58389c44
+# %% ../../nbs/29_train.precision.ipynb #86ab726c
 LIGHT = 2e9  # FLOP of a batch forwards; below it a CPU keeps float32
 
 
@@ -87,7 +87,7 @@ def model_seconds(
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             outputs = model(*some)
         outputs.float().sum().backward()
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda" if device.type == "cpu" else device.type):
+    with torch.random.fork_rng(devices=[]):  # dropout must not move the training's random numbers
         return _quickest(work, device, repeats)
 
 # %% ../../nbs/29_train.precision.ipynb #77d5931e
