@@ -9,7 +9,7 @@ from fmnb.data.load import BATCHES
 from fmnb.data.source import EMBEDDED, load_items
 from fmnb.model.baseline import BASELINE_NAMES
 from fmnb.model.bottleneck import output_channels
-from fmnb.model.cnn import MaskedBatchNorm, spread
+from fmnb.model.cnn import CNN_BACKBONES, MaskedBatchNorm, spread
 from fmnb.model.head import BACKBONES, build_backbone, build_model
 from fmnb.train.recipe import ITEM_PASSES, LEARNING_RATES, RECIPE_FUNCTIONS
 
@@ -198,8 +198,9 @@ def test_each_direction_is_a_stack_of_its_own(name):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [(1, 8, 8), (3, 32, 32), (3, 33, 64), (3, 101, 40)])
-def test_hidden_pixels_do_not_reach_the_states(size, training):
-    made = body("cnn", "image", "residual", size).train(training)
+@pytest.mark.parametrize("name", CNN_BACKBONES["image"])
+def test_hidden_pixels_do_not_reach_the_states(name, size, training):
+    made = body("cnn", "image", name, size).train(training)
     images, visible = batch("image", 6, size), torch.rand(6, *made.grid, generator=torch.Generator().manual_seed(1)) < 0.4
     seen = spread(visible, size[1:], made.stride).unsqueeze(1)
     states = made.encode(images, visible)
@@ -207,6 +208,14 @@ def test_hidden_pixels_do_not_reach_the_states(size, training):
         assert torch.equal(made.encode(torch.where(seen, images, other), visible), states)
     shown = (states != 0).any(dim=1)
     assert not shown[~visible].any() and shown[visible].all()
+
+
+def test_the_default_backbone_is_written_down():
+    """A model for photographs is built again as what it is, whatever the default becomes; a name and sizes go above it."""
+    photographs = spec("image", (3, 32, 32))
+    assert [build_backbone("cnn", photographs, chosen).description["backbone"] for chosen in ({}, {"base": 8}, {"name": "residual"})] == [
+        {"name": "pooled", "base": 64, "stem": 24}, {"name": "pooled", "base": 8, "stem": 24}, {"name": "residual", "base": 32}]
+    assert build_backbone("cnn", spec("image", (3, 24, 40))).description["backbone"]["name"] == "residual"
 
 
 def test_batch_norm_counts_what_is_visible():

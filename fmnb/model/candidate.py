@@ -43,9 +43,9 @@ class Candidate:
         "For the report `finetune`."
         return {name: value for name, value in (("family", self.family), ("backbone", self.backbone), ("start_from", self.start_from)) if value}
 
-# %% ../../nbs/30_model.candidate.ipynb #74c9d492
+# %% ../../nbs/30_model.candidate.ipynb #97c240f7
 WIDTHS = {  # what makes a backbone wider, by its name
-    "residual": ("base",), "convolution": ("width",), "rows": ("hidden", "embedding"), "frames": ("hidden", "embedding"), "lstm": ("width", "hidden"), "gru": ("width", "hidden"),
+    "residual": ("base",), "pooled": ("base",), "convolution": ("width",), "rows": ("hidden", "embedding"), "frames": ("hidden", "embedding"), "lstm": ("width", "hidden"), "gru": ("width", "hidden"),
     "conv_stem": ("dim",), "vit": ("dim",), "encoder": ("width",),
 }
 FACTORS = (0.5, 1, 2)  # of the default width
@@ -70,12 +70,12 @@ def own_candidates(
     for family in families:
         if family not in OWN_BACKBONES:
             raise ConfigError(f"Unknown family {family!r}. {did_you_mean(family, OWN_BACKBONES)}")
-        for number, name in enumerate(OWN_BACKBONES[family].get(modality, {})):
+        for name in OWN_BACKBONES[family].get(modality, {}):
             sizes = default_widths(family, modality, name)
             for factor in FACTORS if sizes else (1,):
                 wider = [f"{size}={int(width * factor)}" for size, width in sizes.items()] if factor != 1 else []
                 if name != "decoder":
-                    found.append(Candidate(family, ", ".join(filter(None, [name if number or wider else "", *wider]))))
+                    found.append(Candidate(family, ", ".join([name, *wider])))
     return found
 
 # %% ../../nbs/30_model.candidate.ipynb #5bc14afc

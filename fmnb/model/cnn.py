@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CNN_BACKBONES', 'spread', 'hide', 'visible_maps', 'MaskedBatchNorm', 'ResidualBlock', 'residual_stages', 'ImageCNN',
-           'ConvBlock', 'TextCNN']
+           'PooledBlock', 'PooledCNN', 'ConvBlock', 'TextCNN']
 
 # %% ../../nbs/20_model.cnn.ipynb #057c1fba
 import torch
@@ -142,6 +142,78 @@ class ImageCNN(Blocks, nn.Module):
         "Stem, each stage, last norm."
         return [[self.stem], *([stage] for stage in self.stages), [self.norm]]
 
+# %% ../../nbs/20_model.cnn.ipynb #a4be98c8
+class PooledBlock(nn.Module):
+    "Two 3 x 3 convolutions, the maximum of each square of four after the first; batch norm and GELU after both."
+
+    def __init__(
+        self,
+        inputs: int,   # channels that come in
+        outputs: int,  # channels that go out
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = MaskedBatchNorm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = MaskedBatchNorm(outputs)
+        for conv in (self.conv1, self.conv2):
+            nn.init.dirac_(conv.weight.detach()[:conv.in_channels])
+
+    def forward(
+        self,
+        states: torch.Tensor,                # (batch, inputs, rows, columns); zero where hidden
+        after: torch.Tensor | None = None,   # what is visible of the result, (batch, rows / 2, columns / 2); None = everything
+    ) -> torch.Tensor:                       # (batch, outputs, rows / 2, columns / 2), rounded up; zero where hidden
+        "What the convolutions find."
+        states = F.gelu(self.norm1(F.max_pool2d(self.conv1(states), 2, ceil_mode=True), after))
+        return F.gelu(self.norm2(self.conv2(states), after))
+
+# %% ../../nbs/20_model.cnn.ipynb #1b960039
+class PooledCNN(Blocks, nn.Module):
+    "A quick CNN for photographs: maps are halved within each block, filters begin as the identity."
+    causal = False
+
+    def __init__(
+        self,
+        channels: int,    # 1 or 3
+        height: int,      # pixels
+        width: int,       # pixels
+        base: int = 64,   # channels of the first block; later ones have twice as many
+        stem: int = 24,   # channels of the first convolution
+    ):
+        super().__init__()
+        self.shape = (channels, height, width)
+        self.stem = nn.Conv2d(channels, stem, 3, padding=1)
+        depth = min(4, max(1, (min(height, width) - 1).bit_length() - 2))
+        widths = [stem, base, *(depth - 1) * [2 * base]]
+        self.blocks = nn.ModuleList(map(PooledBlock, widths, widths[1:]))
+        self.n_features = self.n_states = widths[-1]
+        self.stride = 2**depth
+        self.grid = (-(-height // self.stride), -(-width // self.stride))
+        self.to(memory_format=torch.channels_last)
+
+    def encode(
+        self,
+        images: torch.Tensor,                 # (batch, channels, height, width)
+        visible: torch.Tensor | None = None,  # (batch, *grid), bool: cells that are seen; None = all
+    ) -> torch.Tensor:                        # (batch, n_states, *grid); zero where nothing is seen
+        "The last map."
+        check_images(images, self.shape)
+        images = images.contiguous(memory_format=torch.channels_last)
+        seen = visible_maps(visible, images, len(self.blocks) + 1)
+        states = hide(F.gelu(self.stem(hide(images, seen[0]))), seen[0])
+        for block, after in zip(self.blocks, seen[1:], strict=True):
+            states = block(states, after)
+        return states
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        "(batch, channels, height, width) to (batch, n_features)."
+        return self.encode(images).amax(dim=(2, 3))
+
+    def layer_groups(self) -> list[list[nn.Module]]:
+        "Stem, each block."
+        return [[self.stem], *([block] for block in self.blocks)]
+
 # %% ../../nbs/20_model.cnn.ipynb #8c9f33b5
 class ConvBlock(nn.Module):
     "Residual block on sequences: layer norm, convolution over the tokens, GELU, dropout."
@@ -200,5 +272,5 @@ class TextCNN(Blocks, nn.Module):
         "Embedding, each block, last norm."
         return [[self.embedding], *([block] for block in self.blocks), [self.norm]]
 
-# %% ../../nbs/20_model.cnn.ipynb #3e901042
-CNN_BACKBONES = {"image": {"residual": ImageCNN}, "audio": {"residual": ImageCNN}, "text": {"convolution": TextCNN}}
+# %% ../../nbs/20_model.cnn.ipynb #621be71d
+CNN_BACKBONES = {"image": {"residual": ImageCNN, "pooled": PooledCNN}, "audio": {"residual": ImageCNN}, "text": {"convolution": TextCNN}}

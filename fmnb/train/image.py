@@ -116,7 +116,7 @@ def normal_cells(
     mean, std = cells.mean(dim=2, keepdim=True), (cells.var(dim=2, keepdim=True) + 1e-6).sqrt()
     return (cells - mean) / std, mean, std
 
-# %% ../../nbs/29_train.image.ipynb #2af30941
+# %% ../../nbs/29_train.image.ipynb #20a3e74e
 class MaskedImage(Objective):
     "Paint the hidden cells of an image."
     name, modalities = "masked_image", ("image",)
@@ -140,7 +140,7 @@ class MaskedImage(Objective):
     def misfit(cls, backbone: nn.Module) -> str:
         "What the backbone lacks; empty where it lacks nothing."
         able = getattr(backbone, "patch", 0) or "visible" in inspect.signature(backbone.encode).parameters
-        return "" if able else "a backbone that can leave out what is hidden: the residual CNN, or a Transformer on patches (name=vit)"
+        return "" if able else "a backbone that can leave out what is hidden: a CNN of fmnb, or a Transformer on patches (name=vit)"
 
     def predict(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Images (batch, channels, height, width) to predicted cells (batch, cells, values) and which were hidden (bool)."
