@@ -9,10 +9,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
 from fmnb.config import RECIPES, make_config
-from fmnb.core import DataError, RunError
+from fmnb.core import ConfigError, DataError, RunError
 from fmnb.data.load import BatchLoader
 from fmnb.model.adapter import is_lora
 from fmnb.model.head import build_model
@@ -23,7 +24,7 @@ from fmnb.train import features
 from fmnb.train.callback import learner_history
 from fmnb.train.checkpoint import CHECKPOINT, read_checkpoint
 from fmnb.train.finetune import measure_defaults, train
-from fmnb.train.learner import make_learner
+from fmnb.train.learner import epochs_within, make_learner
 from fmnb.train.recipe import EXTERNAL_RATES, RECIPE_FUNCTIONS, parse_recipe
 from fmnb.train.loop import DivergenceError
 from test_contracts import BODIES, SIZES, sizes, spec
@@ -231,6 +232,37 @@ def test_measured_values_come_from_the_checkpoint(tmp_path):
         train(learner(), make_config(measured.to_dict() | {"seed": 1}), folder=tmp_path)
     with pytest.raises(RunError, match="data_fingerprint is"):
         train(learner(columns=True), measured, folder=tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["scratch", "head_only"])
+def test_shortened_epochs(recipe, tmp_path):
+    """A share of the batches in each epoch; interrupted or not; and the next training has whole ones again."""
+    settings = config(f"{recipe}, share=0.5", epochs=4, seed=3)
+    whole = train(learner(n_items=64), settings)
+    assert whole.state.step == 4 * 4 and "Each epoch took 50% of the training batches, other ones each time." in whole.notes
+    with pytest.raises(KeyboardInterrupt):
+        train(learner(n_items=64, callbacks=[CtrlC(3)]), settings, folder=tmp_path)
+    assert same(whole, train(learner(n_items=64), settings, folder=tmp_path))
+    assert train(whole, config(recipe, epochs=2)).state.step == 2 * 8
+
+
+@pytest.mark.parametrize("validation, minutes, whole, expected", [
+    (0, 1e-4, False, (1, 0.1)), (0, 0.5, False, (1, 0.5)), (0, 1, False, (1, 1.0)), (0, 1.5, False, (2, 0.75)), (0, 4.9, False, (5, 0.98)), (0, 100, False, (40, 1.0)),
+    (30, 1.6, False, (1, 1.0)),  # a second validation would cost more than the second epoch brings
+    (30, 0.75, False, (1, 0.25)), (0, 4.9, True, (4, 1.0)), (0, 0.5, True, (1, 1.0)),
+])
+def test_epochs_fill_the_minutes(validation, minutes, whole, expected, monkeypatch):
+    """Ten steps of six seconds an epoch."""
+    monkeypatch.setattr("fmnb.train.learner.step_seconds", lambda learn: (6.0, float(validation)))
+    n_epochs, share = epochs_within(learner(n_items=80), minutes, 40, whole)
+    assert n_epochs == expected[0] and share == pytest.approx(expected[1])
+
+
+def test_a_loader_that_cannot_shorten_an_epoch():
+    learn = learner()
+    learn.dls = DataLoaders(DataLoader(learn.dls.train.dataset, bs=8), learn.dls.valid)
+    with pytest.raises(ConfigError, match="cannot shorten an epoch; leave the recipe's share at 1"):
+        train(learn, config("scratch, share=0.5"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

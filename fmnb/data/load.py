@@ -99,9 +99,14 @@ class TextBatches(Batches):
 
 BATCHES = {"image": ImageBatches, "audio": SoundBatches, "text": TextBatches}
 
-# %% ../../nbs/14_data.load.ipynb #ad809af5
+# %% ../../nbs/14_data.load.ipynb #2f89dbb9
 class BatchLoader(DataLoader):
     "A fastai DataLoader over `Batches`: one call a batch; length buckets where the dataset has `lengths`."
+    share = 1.0  # of the batches, in an epoch of training, in (0, 1]; at least one
+
+    def __len__(self) -> int:
+        "Batches of an epoch."
+        return max(1, round(self.share * super().__len__())) if self.shuffle else super().__len__()
 
     def get_idxs(self) -> np.ndarray:
         "All rows in the epoch's order, drawn from the loader's own generator; without the last, incomplete batch where it is dropped."
@@ -111,8 +116,7 @@ class BatchLoader(DataLoader):
         "Random rows; of nearly equal length within a batch where there are lengths."
         draw, weights = np.random.default_rng(self.rng.getrandbits(63)), self.dataset.weights
         rows = draw.permutation(self.n) if weights is None else draw.choice(self.n, self.n, p=weights / weights.sum())
-        if self.drop_last:  # while the order is random, or it would always be the longest that are left out
-            rows = rows[: self.n // self.bs * self.bs]
+        rows = rows[: len(self) * self.bs]  # while the order is random, or it would always be the longest that are left out
         if not hasattr(self.dataset, "lengths"):
             return rows
         lengths, pools = self.dataset.lengths, np.split(rows, range(50 * self.bs, len(rows), 50 * self.bs))

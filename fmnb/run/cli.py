@@ -96,18 +96,18 @@ def _show(arguments: argparse.Namespace) -> None:
     from fmnb.run.record import show
     print(show(arguments.run, not arguments.no_browser))
 
-# %% ../../nbs/80_run.cli.ipynb #fbe588f5
+# %% ../../nbs/80_run.cli.ipynb #7ada7be7
 def _add_run(commands: "argparse._SubParsersAction") -> None:
     "The words of `fmnb run`."
     run = commands.add_parser("run", add_help=False, help="execute a report into a run folder, or go on with one")
-    run.add_argument("report", metavar="REPORT", nargs="?", help="a report's name (prepare, pretrain, finetune, evaluate, compare) or a notebook's path")
+    run.add_argument("report", metavar="REPORT", nargs="?", help="a report's name (prepare, pretrain, select, finetune, tune, evaluate, compare) or a notebook's path")
     run.add_argument("-f", "--file", metavar="FILE", help="parameters as YAML, one `name: value` a line; -p goes above it")
     run.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="set a parameter of the report")
     run.add_argument("--out", default="", metavar="DIR", help="run folder (default: runs/ and a name made of the parameters)")
     run.add_argument("--overwrite", action="store_true", help="replace the run folder if it exists")
     run.add_argument("--resume", metavar="DIR", help="go on with a run that ended early, with its own parameters")
     run.add_argument("--cell-minutes", type=float, default=0.0, metavar="MINUTES", help="end the run where a cell takes longer (default: never)")
-    run.add_argument("--track", default="", choices=("tensorboard", "mlflow", "tensorboard,mlflow"), help="follow the training there as well")
+    run.add_argument("--track", default="", choices=("tensorboard", "mlflow", "tensorboard,mlflow"), metavar="TOOL", help="follow the training in tensorboard, mlflow or tensorboard,mlflow as well")
     run.add_argument("-h", "--help", action="store_true", help="show this, or with REPORT its parameters")
     run.set_defaults(call=_run, parser=run)
 

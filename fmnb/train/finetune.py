@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'quickest_precision', 'set_out', 'freeze', 'measure_defaults', 'train']
 
-# %% ../../nbs/35_train.finetune.ipynb #da026281
+# %% ../../nbs/35_train.finetune.ipynb #5137d7ac
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 import pandas as pd
 
 from ..config import Config
-from ..core import read_json, write_json
+from ..core import ConfigError, read_json, write_json
 from ..model.adapter import add_lora, merge_lora, unmerge_lora
 from .callback import KeepWeights, StopDivergence, WeightAverage
 from .checkpoint import CHECKPOINT, EpochCheckpoints, load_checkpoint, remove_leftovers
 from .features import cannot_cache, feature_learner
-from .learner import RangeTest, range_test, seconds_per_epoch, trial
+from .learner import RangeTest, epochs_within, range_test, trial
 from .loop import DivergenceError, TrainingState
 from .optimizer import parameter_groups
 from .precision import choose_precision
@@ -35,7 +35,7 @@ def quickest_precision(
         *inputs, _ = probe.dls.one_batch()
     return choose_precision(next(learn.model.parameters()).device, learn.model, tuple(inputs))
 
-# %% ../../nbs/35_train.finetune.ipynb #924e368a
+# %% ../../nbs/35_train.finetune.ipynb #d75f53df
 def set_out(
     learn: StepLearner,        # its model is prepared in place
     settings: RecipeSettings,  # of the recipe
@@ -53,10 +53,15 @@ def set_out(
             learn.state.notes["features"] = f"The head was trained behind the frozen backbone and not on cached features, since {reason}."
         else:
             working = feature_learner(learn)
+    if settings.share < 1 and not hasattr(working.dls.train, "share"):
+        raise ConfigError("The loader of the training items cannot shorten an epoch; leave the recipe's share at 1.")
+    working.dls.train.share = settings.share
+    if settings.share < 1:
+        learn.state.notes["share"] = f"Each epoch took {settings.share:.0%} of the training batches, other ones each time."
     working.trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     working.state.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     working.accumulate, working.clip, working.opt = settings.accumulate, settings.clip, None
-    working.splitter = partial(parameter_groups, weight_decay=settings.weight_decay)
+    working.splitter = partial(parameter_groups, weight_decay=settings.weight_decay, by_layer=settings.name not in ("scratch", "lora"))  # those have one rate
     if settings.name in ("lora", "head_only"):
         n_trained = working.state.n_trained
         learn.state.notes["trained"] = f"{n_trained:,} weights were trained, {n_trained / sum(p.numel() for p in model.parameters()):.2%} of all."
@@ -83,25 +88,26 @@ def _read_defaults(file: Path, config: Config) -> tuple[Config, RangeTest | None
     found = kept["range_test"] and RangeTest(**kept["range_test"] | {"curve": pd.DataFrame(kept["range_test"]["curve"]), "allowed": tuple(kept["range_test"]["allowed"])})
     return replace(config, **kept["found"]), found
 
-# %% ../../nbs/35_train.finetune.ipynb #24e249b1
+# %% ../../nbs/35_train.finetune.ipynb #ea05afd3
 def measure_defaults(
     learn: StepLearner,  # left as it is
     config: Config,      # after `choose_defaults`
     modality: str,       # 'image', 'audio' or 'text'
     folder: str | Path | None = None,  # where `train` will have its checkpoint
+    whole: bool = False,               # cut to whole epochs only, so that trainings can be compared epoch by epoch?
 ) -> tuple[Config, RangeTest | None]:  # the configuration with rate, epochs and precision, and the range test if there was one
     "Find the learning rate where it is 0, the precision where it is left open, and cut the epochs to the budget where there is one."
     file = Path(folder) / "defaults.json" if folder else None
     if file and file.exists():
         return _read_defaults(file, config)
-    measured, found = _measure_defaults(learn, config, modality)
+    measured, found = _measure_defaults(learn, config, modality, whole)
     if file:
         test = vars(found) | {"curve": found.curve.to_dict("list")} if found else None
         write_json(file, {"found": {name: getattr(measured, name) for name in MEASURED}, "range_test": test})
     return measured, found
 
 
-def _measure_defaults(learn: StepLearner, config: Config, modality: str) -> tuple[Config, RangeTest | None]:
+def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: bool) -> tuple[Config, RangeTest | None]:
     "The measurement itself."
     settings, found = parse_recipe(config.recipe), None
     if not settings.precision:
@@ -115,11 +121,12 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str) -> tupl
         if config.learning_rate == 0:
             freeze(working, stages[0])
             factor, low, high = rate_range(settings.name, description["family"], modality, description["backbone"]["name"])
-            found = range_test(working, (low, high), factor)
+            found = range_test(working, (low, high), factor, steps=min(100, max(30, config.epochs * len(working.dls.train) // 2)))
             config = replace(config, learning_rate=float(f"{found.learning_rate:.4g}"))
         if config.budget:
             freeze(working, stages[-1])
-            config = replace(config, epochs=max(1, min(config.epochs, int(60 * config.budget / seconds_per_epoch(working)))))
+            epochs, share = epochs_within(working, config.budget, config.epochs, whole or settings.share < 1)
+            config = replace(config, epochs=epochs, recipe=config.recipe + (f", share={share:.3g}" if share < 1 else ""))
     return config, found
 
 # %% ../../nbs/35_train.finetune.ipynb #eb553289

@@ -99,7 +99,7 @@ class MuonAdamW:
         for part in self.parts:
             part.load_state_dict(state[type(part).__name__])
 
-# %% ../../nbs/29_train.optimizer.ipynb #79b3ff69
+# %% ../../nbs/29_train.optimizer.ipynb #a2deb375
 def _adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     "PyTorch's fused AdamW."
     return AdamW(groups, lr=lr, betas=betas, fused=True)
@@ -121,7 +121,13 @@ def make_optimizer(
 
 
 class LeanOptimizer(OptimWrapper):
-    "fastai's wrapper of a PyTorch optimizer, whose hyper-parameters are read without asking of each value what it is."
+    "fastai's wrapper of a PyTorch optimizer, whose hyper-parameters are read without asking of each value what it is, and whose gradients go without a record for the profiler."
+
+    def zero_grad(self) -> None:
+        "Drop all gradients."
+        for group in self.opt.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     @property
     def hypers(self) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from ..config import RECIPES, Config
 from ..core import ConfigError, did_you_mean
 from ..model.output import parse_settings
 
-# %% ../../nbs/32_train.recipe.ipynb #d647c76b
+# %% ../../nbs/32_train.recipe.ipynb #3c5fd590
 @dataclass(frozen=True)
 class RecipeSettings:
     "How a recipe is carried out."
@@ -37,6 +37,7 @@ class RecipeSettings:
     rank: int = 8               # of lora: rank of the updates
     alpha: float = 16.0         # of lora: updates are multiplied by alpha / rank
     checkpoint_minutes: float = 0.5  # at least so many between two checkpoints; 0 = one after each epoch
+    share: float = 1.0          # of the batches that an epoch takes, others each time, at least one
 
     def __post_init__(self):
         for name, (low, high) in RANGES.items():
@@ -48,7 +49,7 @@ class RecipeSettings:
 
 
 RANGES = {"weight_decay": (0, 10), "clip": (0, 1e6), "accumulate": (1, 65_536), "average": (0, 1), "patience": (0, 1e6), "warm_up": (0.01, 0.9),
-          "layer_decay": (0, 1), "rank": (1, 4096), "alpha": (1e-3, 1e6), "checkpoint_minutes": (0, 1e6)}
+          "layer_decay": (0, 1), "rank": (1, 4096), "alpha": (1e-3, 1e6), "checkpoint_minutes": (0, 1e6), "share": (0, 1)}
 CHOICES = {"name": ("", *RECIPES), "precision": ("", "float32", "bfloat16", "float16"), "keep": ("", "best", "last")}
 
 # %% ../../nbs/32_train.recipe.ipynb #51bd3fc7
