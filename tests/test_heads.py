@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from fmnb.core import ConfigError, RunError
 from fmnb.data.text import train_tokenizer
 from fmnb.model.adapter import add_lora, is_lora, lora_parameters, lora_targets, merge_lora, unmerge_lora
-from fmnb.model.head import build_model, parse_head
+from fmnb.model.head import build_model
 from fmnb.model.loss import LOSSES, class_weights
-from fmnb.model.output import HEADS
+from fmnb.model.output import HEADS, parse_head
 from fmnb.model.pool import POOLS
 from fmnb.model.store import load_backbone, load_model, save_model, take_backbone
 from sklearn.metrics import log_loss

@@ -18,6 +18,7 @@ from fmnb.eval.errors import class_table, findings
 from fmnb.eval.metrics import measure
 from fmnb.eval.predict import predict, problem_type_of
 from fmnb.model.head import build_model
+from fmnb.run.execute import run
 
 TOPICS = [["art"], ["law", "sea"], [], ["sea"], ["art", "sea"]]
 WRITTEN = {  # one data set, as people write it: a function from the texts to a file
@@ -212,3 +213,22 @@ def test_data_follow_a_model_and_keep_their_own_target():
     assert second.input_spec == first.input_spec and second.preprocessing["max_length"] == first.preprocessing["max_length"]
     assert abs(second.preprocessing["target"]["mean"] - first.preprocessing["target"]["mean"] - 100) < 1e-4
     assert "target" not in prepare(ratings.assign(label=["a", "b"] * 30), like=like).preprocessing
+
+
+@pytest.mark.parametrize("labels, metric, name", [
+    ([["art"], ["law", "sea"], [], ["sea"]] * 40, "f1_macro", "macro F1"),
+    ([number % 7 + 0.5 for number in range(160)], "r2", "R²"),
+], ids=["several", "numbers"])
+def test_they_are_compared_chosen_for_and_tuned(labels, metric, name, tmp_path):
+    texts = [f"{number} {'river ' * (number % 7)}stone {number % 4}" for number in range(160)]
+    asked = {"data": keep_frame(pd.DataFrame({"text": texts, "label": labels})), "epochs": 2}
+    tuned = run("tune", asked | {"family": "cnn", "trials": 2, "search_minutes": 0.0}, tmp_path / "tuned", progress=False)
+    assert f"points of {name} on the validation split" in tuned.metrics["findings"][0]
+    assert metric in tuned.metrics["models"]["tuned"]["test"] and "head.label_smoothing" not in tuned.history
+    assert len(tuned.history) == 2 and tuned.history["score"].notna().any()
+    compared = run("compare", asked | {"families": "cnn,rnn"}, tmp_path / "compared", progress=False)
+    assert {model for model, scores in compared.metrics["models"].items() if metric in scores["test"]} == {"cnn", "rnn", "baseline"}
+    assert any("the baseline (TF-IDF + " in sentence and name in sentence for sentence in compared.metrics["findings"])
+    chosen = run("select", {"data": asked["data"], "families": "cnn", "search_minutes": 0.1}, tmp_path / "chosen", progress=False)
+    assert chosen.metrics["findings"][0].startswith("Take cnn convolution") and name in chosen.metrics["findings"][0]
+    assert chosen.history[metric].between(0, 1).all() and f"{name} of TF-IDF" in (chosen.folder / "report.html").read_text()

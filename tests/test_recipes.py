@@ -24,7 +24,7 @@ from fmnb.train import features
 from fmnb.train.callback import learner_history
 from fmnb.train.checkpoint import CHECKPOINT, read_checkpoint
 from fmnb.train.finetune import measure_defaults, train
-from fmnb.train.learner import epochs_within, make_learner
+from fmnb.train.learner import epochs_within, make_learner, range_test
 from fmnb.train.recipe import EXTERNAL_RATES, RECIPE_FUNCTIONS, parse_recipe
 from fmnb.train.loop import DivergenceError
 from test_contracts import BODIES, SIZES, sizes, spec
@@ -256,6 +256,28 @@ def test_epochs_fill_the_minutes(validation, minutes, whole, expected, monkeypat
     monkeypatch.setattr("fmnb.train.learner.step_seconds", lambda learn: (6.0, float(validation)))
     n_epochs, share = epochs_within(learner(n_items=80), minutes, 40, whole)
     assert n_epochs == expected[0] and share == pytest.approx(expected[1])
+
+
+class Lucky(Callback):
+    """A loss that is next to nothing in the first step, or no number at all."""
+    order = 5
+
+    def __init__(self, first):
+        self.first = first
+
+    def after_loss(self):
+        if self.training and (self.train_iter == 0 or np.isnan(self.first)):
+            self.learn.loss_grad = self.learn.loss_grad * self.first
+            self.learn.loss = self.learn.loss_grad.detach().clone()
+
+
+@pytest.mark.parametrize("first", [1e-6, float("nan")])
+def test_a_range_test_survives_its_first_steps(first, monkeypatch):
+    """fastai's rule ends where the loss is four times its smallest; here that is in the second step, or there is no loss."""
+    made = make_learner
+    monkeypatch.setattr("fmnb.train.learner.make_learner", lambda *values, **more: made(*values, callbacks=[Lucky(first)], **more))
+    found = range_test(learner(n_items=64), (1e-3, 1e-2), steps=30)
+    assert len(found.curve) == 30 and 1e-3 <= found.learning_rate <= 1e-2
 
 
 def test_a_loader_that_cannot_shorten_an_epoch():

@@ -36,8 +36,8 @@ def test_limits_that_nothing_fits_name_the_cheapest(limits, message, tmp_path):
         run("select", {"families": "cnn"} | limits, tmp_path / "selected", progress=False)
 
 
-def test_data_without_classes_are_refused(tmp_path):
-    (tmp_path / "numbers.csv").write_text("text,label\n" + "".join(f"a text of {number} words,{number}.5\n" for number in range(60)))
-    for report in ("select", "tune"):
-        with pytest.raises(RunError, match="takes one label an item"):
-            run(report, {"data": str(tmp_path / "numbers.csv")}, tmp_path / report, progress=False)
+def test_data_without_labels_are_refused(tmp_path):
+    (tmp_path / "texts.csv").write_text("text\n" + "".join(f"a text of {number} words\n" for number in range(60)))
+    for report in ("select", "tune", "compare"):
+        with pytest.raises(RunError, match="The data have no labels"):
+            run(report, {"data": str(tmp_path / "texts.csv")}, tmp_path / report, progress=False)

@@ -7,7 +7,7 @@ __all__ = ['BATCHES', 'AUGMENTATIONS', 'DEFAULT_AUGMENTATIONS', 'PRETRAINING_AUG
            'SoundBatches', 'pad_tokens', 'TextBatches', 'BatchLoader', 'augmentation_settings', 'parse_augmentation',
            'choose_augmentations', 'batch_transform', 'make_loader', 'make_dataloaders']
 
-# %% ../../nbs/14_data.load.ipynb #3e7320e9
+# %% ../../nbs/14_data.load.ipynb #4460212c
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 
-from ..core import ConfigError, DataError, did_you_mean
+from ..core import ConfigError, DataError, did_you_mean, parse_settings
 from .image import IMAGE_AUGMENTATIONS, IMAGE_MIXES, VIEW_AUGMENTATIONS
 from .prepare import Prepared, prepared_images, prepared_spectrograms, prepared_tokens
 from .sound import SOUND_AUGMENTATIONS, add_deltas
@@ -142,7 +142,7 @@ AUGMENTATIONS: dict[str, dict[str, Callable]] = {"image": IMAGE_AUGMENTATIONS | 
 DEFAULT_AUGMENTATIONS = {"image": ("affine",), "audio": ("gain", "delay", "noise", "specaugment"), "text": ("window", "mask")}
 PRETRAINING_AUGMENTATIONS = {"image": (("crop",), ("crop", "colour", "grey")), "audio": (("gain", "delay"), DEFAULT_AUGMENTATIONS["audio"]), "text": ((), ())}  # one view; several
 
-# %% ../../nbs/14_data.load.ipynb #fbe9856a
+# %% ../../nbs/14_data.load.ipynb #3e275b49
 def augmentation_settings(
     function: Callable,  # one of `AUGMENTATIONS`
 ) -> dict[str, float]:   # by name, with the default values
@@ -160,17 +160,7 @@ def parse_augmentation(
     name, _, inside = (part.strip() for part in text.strip().removesuffix(")").partition("("))
     if name not in functions:
         raise ConfigError(f"There is no augmentation {name!r} for {kind} data. {did_you_mean(name, functions)}")
-    known, settings = augmentation_settings(functions[name]), {}
-    for setting, _, value in (part.partition("=") for part in inside.split(",") if part.strip()):
-        if (setting := setting.strip()) not in known:
-            raise ConfigError(f"Augmentation {name} has no setting {setting!r}. {did_you_mean(setting, known)}")
-        try:
-            settings[setting] = type(known[setting])(value)
-            if not np.isfinite(settings[setting]):
-                raise ValueError
-        except ValueError:
-            raise ConfigError(f"Setting {setting} of augmentation {name} must be a number, such as {known[setting]}, not {value.strip()!r}.") from None
-    return name, settings
+    return name, parse_settings(inside, augmentation_settings(functions[name]), f"augmentation {name}")
 
 # %% ../../nbs/14_data.load.ipynb #54e01a48
 def choose_augmentations(

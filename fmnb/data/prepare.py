@@ -6,7 +6,7 @@
 __all__ = ['Prepared', 'open_prepared', 'prepared_images', 'prepared_spectrograms', 'prepared_tokens', 'prepared_contents',
            'Preprocessing', 'parse_preprocessing', 'Preparation', 'write_preparation', 'read_preparation', 'prepare']
 
-# %% ../../nbs/13_data.prepare.ipynb #490ddc28
+# %% ../../nbs/13_data.prepare.ipynb #4faadbe9
 import os
 import shutil
 import tempfile
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..core import DataError, RunError, cache_dir, did_you_mean, read_json, stable_hash, write_json
+from ..core import DataError, RunError, cache_dir, did_you_mean, parse_settings, read_json, stable_hash, write_json
 from .columns import apply_columns, column_sizes, fit_columns
 from .image import FITS, image_column
 from .media import modality_of
@@ -147,21 +147,14 @@ class Preprocessing:
         wanted = {name for name, f in self.__dataclass_fields__.items() if f.metadata["modality"] in ("", modality)}
         return {name: value for name, value in asdict(self).items() if name in wanted}
 
-# %% ../../nbs/13_data.prepare.ipynb #a34464bc
+# %% ../../nbs/13_data.prepare.ipynb #db883363
 def parse_preprocessing(
     text: str,         # settings by name, separated by commas, such as 'image_size=64, image_fit=pad'
     columns: str = "",  # further columns of the table, separated by commas
 ) -> Preprocessing:
-    "Settings as a person writes them. Raises `DataError` for a name or a value that there is not."
-    fields, values = Preprocessing.__dataclass_fields__, {}
-    for part in filter(str.strip, text.split(",")):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in fields or name == "columns":
-            raise DataError(f"{part.strip()!r} is no setting of the preprocessing; write name=value. {did_you_mean(name, set(fields) - {'columns'})}")
-        try:
-            values[name] = type(fields[name].default)(value)
-        except ValueError:
-            raise DataError(f"{name} must be of type {type(fields[name].default).__name__}, not {value!r}.") from None
+    "Settings as a person writes them. Raises `ConfigError` for a name or a value that there is not."
+    known = {name: value for name, value in asdict(Preprocessing()).items() if name != "columns"}
+    values = parse_settings(text, known, "the preprocessing")
     return Preprocessing(**values, columns=tuple(name.strip() for name in columns.split(",") if name.strip()))
 
 # %% ../../nbs/13_data.prepare.ipynb #15348a58

@@ -76,20 +76,24 @@ def probe_score(
                 for fold in range(folds) if (part == fold).any())
     return dict(zip(("value", "low", "high"), (right / len(targets), *wilson_interval(round(right), len(targets)))))
 
-# %% ../../nbs/53_eval.suitability.ipynb #8adb80ef
+# %% ../../nbs/53_eval.suitability.ipynb #9248ccf2
+def _label_facts(targets: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
+    "What the labels are."
+    if not classes:
+        return {"numbers": f"{targets.min():.4g} to {targets.max():.4g}", "their mean": f"{targets.mean():.4g}", "their deviation": f"{targets.std():.4g}"}
+    counts = np.bincount(targets, minlength=len(classes)) if targets.ndim == 1 else targets.sum(axis=0).astype(int)
+    least, most = counts.argmin(), counts.argmax()
+    spread = f"{counts[least]:,} ({classes[least]}) to {counts[most]:,} ({classes[most]})" if counts[least] != counts[most] else f"{counts[least]:,}"
+    largest = {"labels an item": f"{targets.sum(axis=1).mean():.2f}"} if targets.ndim == 2 else {"right by always naming the largest class": f"{counts[most] / len(targets):.1%}"}
+    return {"classes": f"{len(classes)}", "items a class": spread} | largest
+
+
 def data_facts(
-    targets: np.ndarray,             # class numbers of the training items, (items,)
-    classes: Sequence[str],          # their names
+    targets: np.ndarray,             # of the training items: class numbers (items,), zeros and ones (items, classes) or numbers (items,)
+    classes: Sequence[str],          # their names; none for numbers
     input_spec: Mapping[str, Any],   # `modality` and the sizes of the data
-    scores: Mapping[str, float] | None = None,  # further numbers by name, such as the accuracy of a linear baseline
+    scores: Mapping[str, float] | None = None,  # further shares by name, such as the accuracy of a linear baseline
 ) -> dict[str, str]:                 # text by name
-    "Items, classes, sizes and what is simple about the data, for a table."
-    counts = np.bincount(np.asarray(targets), minlength=len(classes))
-    named = {"items to train on": f"{len(targets):,}", "classes": f"{len(classes)}"}
-    if counts.min() != counts.max():
-        named["items a class"] = f"{counts.min():,} ({classes[counts.argmin()]}) to {counts.max():,} ({classes[counts.argmax()]})"
-    else:
-        named["items a class"] = f"{counts.min():,}"
-    named["input"] = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in input_spec.items() if name not in ("modality", "columns"))
-    named["right by always naming the largest class"] = f"{counts.max() / max(1, len(targets)):.1%}"
-    return named | {name: f"{value:.1%}" for name, value in (scores or {}).items()}
+    "Items, labels, sizes and what is simple about the data, for a table."
+    sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in input_spec.items() if name not in ("modality", "columns"))
+    return {"items to train on": f"{len(targets):,}", "input": sizes} | _label_facts(np.asarray(targets), classes) | {name: f"{value:.1%}" for name, value in (scores or {}).items()}

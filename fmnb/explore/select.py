@@ -17,7 +17,7 @@ from ..core import RunError, read_json
 from .view import View, row_of
 from ..run.parameters import command_line
 
-# %% ../../nbs/63_explore.select.ipynb #f2e8be0e
+# %% ../../nbs/63_explore.select.ipynb #bf4c2878
 def _bar(row: pd.Series, low: float) -> str:
     "A score with its interval, on an axis from `low` to 1."
     start, middle, end = (f"{100 * (min(row[name], 1.0) - low) / (1 - low):.1f}%" for name in ("low", "score", "high"))
@@ -29,8 +29,9 @@ def _bar(row: pd.Series, low: float) -> str:
 def advice_bars(
     rows: pd.DataFrame,  # index: the models; `score`, `low`, `high`, `seconds`
     picked: str,         # the model to be set in bold
+    score_name: str = "macro F1",  # for the head
 ) -> str:
-    "Expected macro F1 with its interval, and seconds of training, as HTML."
+    "Expected scores with their intervals, and seconds of training, as HTML."
     lines, low = [], max(0.0, min(rows["low"].min(), 0.9) - 0.02) if rows["low"].notna().any() else 0.0
     for name, row in rows.iterrows():
         known = pd.notna(row["score"])
@@ -38,10 +39,10 @@ def advice_bars(
                  "" if pd.isna(row["seconds"]) else f"{row['seconds']:,.0f} s")
         styles = ("", "", "width: 40%", "")
         lines.append(f'<tr style="font-weight: {"bold" if name == picked else "normal"}">' + "".join(f'<td style="padding: 2px 12px 2px 0; text-align: left; {style}">{cell}</td>' for cell, style in zip(cells, styles)) + "</tr>")
-    heads = "".join(f'<th style="text-align: left; padding-right: 12px">{name}</th>' for name in ("model", "macro F1 to expect", f"from {low:.2f} to 1", "training"))
+    heads = "".join(f'<th style="text-align: left; padding-right: 12px">{name}</th>' for name in ("model", f"{score_name} to expect", f"from {low:.2f} to 1", "training"))
     return f'<div style="overflow-x: auto"><table style="width: 100%"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
-# %% ../../nbs/63_explore.select.ipynb #a1b9b62f
+# %% ../../nbs/63_explore.select.ipynb #b521b06e
 class ModelPicker(View):
     "The candidates of a run of the report `select`; `parameters` are those of the one picked, for the report `finetune`. Raises `RunError` where there are none."
 
@@ -53,6 +54,7 @@ class ModelPicker(View):
         rows = found.get("advice") if isinstance(found, dict) else None
         if not rows or not all("parameters" in row for row in rows):
             raise RunError(f"{run} holds no candidates to pick from; give the folder of a run of the report `select`.")
+        self.score_name = found.get("score_name", "macro F1")
         self.table = pd.DataFrame(rows).set_index("candidate").astype({name: float for name in ("score", "low", "high", "seconds")})
         self.picked = widgets.Select(options=list(self.table.index), value=self.table.index[0], description="model", rows=min(8, len(rows)), layout=widgets.Layout(width="min(420px, 100%)"))
         most = max(1.0, self.table["seconds"].max() / 60)
@@ -78,7 +80,7 @@ class ModelPicker(View):
             self.picked.options = list(left.index)
             self.picked.value = kept if kept in left.index else left.index[0]
         row = self.table.loc[self.picked.value]
-        self.chart.value = advice_bars(left, self.picked.value)
+        self.chart.value = advice_bars(left, self.picked.value, self.score_name)
         self.words.value = f"<p><b>{html.escape(self.picked.value)}</b>: {html.escape(row['reason'])}</p><pre style='white-space: pre-wrap'>{html.escape(command_line('finetune', self.parameters))}</pre>"
 
     def static(self) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['OWN_BACKBONES', 'BACKBONES', 'find_backbone', 'backbone_sizes', 'default_backbone', 'build_backbone', 'parse_sizes',
            'Model', 'build_model']
 
-# %% ../../nbs/23_model.head.ipynb #40e65db8
+# %% ../../nbs/23_model.head.ipynb #96feabdf
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import ConfigError, did_you_mean
+from ..core import ConfigError, did_you_mean, parse_settings
 from .bottleneck import adapted_groups, add_adapters
 from .cnn import CNN_BACKBONES
 from .external import EXTERNAL_BACKBONES
-from .output import ColumnFeatures, Head, complete_head, parse_head, parse_settings
+from .output import ColumnFeatures, Head, complete_head
 from .pool import as_sequence, make_pool
 from .rnn import RNN_BACKBONES
 from .transformer import TRANSFORMER_BACKBONES

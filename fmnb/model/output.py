@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'HEAD_DEFAULTS', 'HEAD_RANGES', 'HEAD_CHOICES', 'linear_layers', 'mlp_layers', 'check_head', 'complete_head',
-           'parse_settings', 'parse_head', 'Head', 'ColumnFeatures']
+           'parse_head', 'Head', 'ColumnFeatures']
 
-# %% ../../nbs/21_model.output.ipynb #bb72bb69
+# %% ../../nbs/21_model.output.ipynb #95331e28
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core import ConfigError, did_you_mean
+from ..core import ConfigError, did_you_mean, parse_settings
 from .loss import LOSSES, find_loss
 from .pool import POOLS
 
@@ -77,29 +77,7 @@ def complete_head(
     full = HEAD_DEFAULTS | smoothing | dict(head or {})
     return full | {"loss": find_loss(problem_type, full["loss"])[0]}
 
-# %% ../../nbs/21_model.output.ipynb #71c09df6
-def parse_settings(
-    text: str,                    # settings by name, separated by commas, such as 'depth=4, dropout=0.1'; the first can be a bare name
-    defaults: Mapping[str, Any],  # what can be set; a value is of its default's type
-    what: str,                    # whose settings they are, for the error message
-) -> dict[str, Any]:              # what was said
-    "Settings as a person writes them. Raises `ConfigError` for a name or a value that there is not."
-    values = {}
-    for number, part in enumerate(filter(str.strip, text.split(","))):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals and number == 0 and "name" in defaults:
-            name, value = "name", name
-        if name not in defaults or not value or name in values:
-            twice = f"{name!r} is there twice; name it once." if name in values else did_you_mean(name, defaults)
-            raise ConfigError(f"{part.strip()!r} is no setting of {what}; write name=value. {twice}")
-        kind = type(defaults[name])
-        try:
-            values[name] = {"true": True, "yes": True, "false": False, "no": False}[value.lower()] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            raise ConfigError(f"Setting {name} of {what} must be of type {kind.__name__}, not {value!r}.") from None
-    return values
-
-
+# %% ../../nbs/21_model.output.ipynb #18e03fd3
 def parse_head(
     text: str,  # such as 'mlp, hidden=256, pool=attention, loss=focal, class_weights=auto, adapters=16'
 ) -> dict[str, Any]:  # for `build_model`; `class_weights` is still text, for `class_weights`

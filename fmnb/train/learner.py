@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_learner', 'trial', 'RangeTest', 'range_test', 'plot_range_test', 'step_seconds', 'epochs_within']
 
-# %% ../../nbs/31_train.learner.ipynb #1cf6615b
+# %% ../../nbs/31_train.learner.ipynb #7aef25c7
 import copy
 import math
 import tempfile
@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.schedule import SuggestionMethod
+from fastai.callback.schedule import valley
 from fastai.data.core import DataLoaders
 from fastai.torch_core import get_random_states, set_random_states
 from torch import nn
@@ -84,7 +82,7 @@ class RangeTest:
         return (f"The range test suggests {self.suggested:.1e}; times {self.factor:g}, and kept between {low:.1e} and {high:.1e}, "
                 f"that is a peak learning rate of {self.learning_rate:.1e}.")
 
-# %% ../../nbs/31_train.learner.ipynb #b42c5be5
+# %% ../../nbs/31_train.learner.ipynb #e662c589
 def range_test(
     learn: StepLearner,                 # left as it is
     allowed: tuple[float, float],       # smallest and largest rate to choose
@@ -92,11 +90,22 @@ def range_test(
     steps: int = 100,                   # training steps
 ) -> RangeTest:
     "Find a learning rate by a range test on a copy of the model."
-    with trial(learn) as probe, tempfile.TemporaryDirectory() as folder:
-        probe.path, probe.patience = Path(folder), steps + 1  # it is the test's business to go too far
-        suggested = probe.lr_find(num_it=steps, show_plot=False, suggest_funcs=(SuggestionMethod.Valley,)).valley
+    for ends_at_jump in (True, False):  # a loss that is small by chance in the first steps lets the next ones look like a jump
+        with trial(learn) as probe, tempfile.TemporaryDirectory() as folder:
+            probe.path, probe.patience = Path(folder), steps + 1  # it is the test's business to go too far
+            probe.lr_find(num_it=steps, stop_div=ends_at_jump, show_plot=False, suggest_funcs=None)
+        if len(probe.recorder.lrs) > steps // 3:
+            break
     curve = pd.DataFrame({"learning_rate": probe.recorder.lrs, "loss": [float(loss) for loss in probe.recorder.losses]})
+    suggested = _suggestion(curve, steps) or math.prod(allowed) ** 0.5
     return RangeTest(float(np.clip(factor * suggested, *allowed)), float(suggested), factor, allowed, curve)
+
+
+def _suggestion(curve: pd.DataFrame, steps: int) -> float:
+    "The rate that fastai's valley rule finds on a curve without its ends, and before the loss is no number; 0 where nothing is left."
+    rates, losses = (curve[name].tolist()[steps // 10:-5] for name in ("learning_rate", "loss"))
+    n_good = next((number for number, loss in enumerate(losses) if math.isnan(loss)), len(losses))
+    return valley(rates[:n_good], losses[:n_good], steps)[0] if n_good else 0.0
 
 # %% ../../nbs/31_train.learner.ipynb #c4be2714
 def plot_range_test(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'DEFAULT_OBJECTIVES', 'objective_settings', 'make_objective', 'parse_objective']
 
-# %% ../../nbs/30_train.objective.ipynb #c9a48c17
+# %% ../../nbs/30_train.objective.ipynb #98f02fd7
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import ConfigError, did_you_mean
+from ..core import ConfigError, did_you_mean, parse_settings
 from .image import Contrastive, Denoise, MaskedImage
 from .language import CausalLM, MaskedLM
 from .pretext import GIVEN, Objective
@@ -61,21 +61,12 @@ def make_objective(
     given = dict(mask_token=mask_token, word_starts=word_starts, reach=REACH if modality == "audio" else 0)
     return chosen(backbone, **settings, **{key: value for key, value in given.items() if key in accepted})
 
-# %% ../../nbs/30_train.objective.ipynb #f76a86dc
+# %% ../../nbs/30_train.objective.ipynb #dcef37e1
 def parse_objective(
     text: str,  # a name, then settings, separated by commas, such as 'masked_lm, masking=span'; empty = the usual one
 ) -> tuple[str, dict[str, Any]]:  # name and settings for `make_objective`
     "An objective as a person writes it. Raises `ConfigError` for a name, a setting or a value that there is not."
-    name, *parts = (part.strip() for part in text.split(","))
-    if name not in OBJECTIVES and (name or parts):
+    name, _, settings = (part.strip() for part in text.partition(","))
+    if name not in OBJECTIVES and (name or settings):
         raise ConfigError(f"{name!r} is no objective; name one, then its settings. {did_you_mean(name, OBJECTIVES)}")
-    known, values = objective_settings(name) if name else {}, {}
-    for part in filter(None, parts):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in known:
-            raise ConfigError(f"{part!r} is no setting of objective {name}; write name=value. {did_you_mean(key, known)}")
-        try:
-            values[key] = type(known[key])(value)
-        except ValueError:
-            raise ConfigError(f"{key} of objective {name} must be of type {type(known[key]).__name__}, not {value!r}.") from None
-    return name, values
+    return name, parse_settings(settings, objective_settings(name) if name else {}, f"objective {name}")

@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'CHOICES', 'ITEM_PASSES', 'EPOCHS', 'LEARNING_RATES', 'NEW_
            'Recipe', 'RECIPE_FUNCTIONS', 'RecipeSettings', 'parse_recipe', 'choose_defaults', 'rate_range', 'Stage',
            'scratch', 'full', 'gradual', 'head_only', 'lora', 'plan', 'plot_plan']
 
-# %% ../../nbs/32_train.recipe.ipynb #986b1882
+# %% ../../nbs/32_train.recipe.ipynb #b019c0a6
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,8 +17,7 @@ from fastai.learner import Learner
 from matplotlib.colors import LogNorm
 
 from ..config import RECIPES, Config
-from ..core import ConfigError, did_you_mean
-from ..model.output import parse_settings
+from ..core import ConfigError, did_you_mean, parse_settings
 
 # %% ../../nbs/32_train.recipe.ipynb #3c5fd590
 @dataclass(frozen=True)
