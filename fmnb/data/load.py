@@ -99,14 +99,15 @@ class TextBatches(Batches):
 
 BATCHES = {"image": ImageBatches, "audio": SoundBatches, "text": TextBatches}
 
-# %% ../../nbs/14_data.load.ipynb #2f89dbb9
+# %% ../../nbs/14_data.load.ipynb #81f0b4f7
 class BatchLoader(DataLoader):
     "A fastai DataLoader over `Batches`: one call a batch; length buckets where the dataset has `lengths`."
     share = 1.0  # of the batches, in an epoch of training, in (0, 1]; at least one
 
     def __len__(self) -> int:
         "Batches of an epoch."
-        return max(1, round(self.share * super().__len__())) if self.shuffle else super().__len__()
+        whole = super().__len__()
+        return min(whole, max(1, round(self.share * whole))) if self.shuffle else whole
 
     def get_idxs(self) -> np.ndarray:
         "All rows in the epoch's order, drawn from the loader's own generator; without the last, incomplete batch where it is dropped."

@@ -121,7 +121,7 @@ def plot_range_test(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/31_train.learner.ipynb #dacccc12
+# %% ../../nbs/31_train.learner.ipynb #afcaddbe
 def step_seconds(
     learn: StepLearner,  # left as it is
     steps: int = 12,     # timed after two that are not
@@ -138,6 +138,22 @@ def step_seconds(
     return float(step), validation
 
 
+class _StepClock(Callback):
+    "Note when each step ends, and stop after `steps`."
+
+    def __init__(self, steps: int):
+        self.steps, self.times = steps, []
+
+    def before_fit(self):
+        self.begin = time.perf_counter()
+
+    def after_batch(self):
+        if self.training:
+            self.times.append(time.perf_counter())
+            if len(self.times) >= self.steps:
+                raise CancelFitException
+
+# %% ../../nbs/31_train.learner.ipynb #3ee175c1
 def epochs_within(
     learn: StepLearner,   # left as it is
     minutes: float,       # of training and validation
@@ -154,19 +170,3 @@ def epochs_within(
     shortened = math.ceil(passes)
     share = (60 * minutes / shortened - validation) / training
     return (fitting, 1.0) if fitting <= passes and shortened * share <= fitting else (shortened, max(share, 1 / len(learn.dls.train)))
-
-
-class _StepClock(Callback):
-    "Note when each step ends, and stop after `steps`."
-
-    def __init__(self, steps: int):
-        self.steps, self.times = steps, []
-
-    def before_fit(self):
-        self.begin = time.perf_counter()
-
-    def after_batch(self):
-        if self.training:
-            self.times.append(time.perf_counter())
-            if len(self.times) >= self.steps:
-                raise CancelFitException

@@ -19,10 +19,7 @@ from torch import nn
 
 from ..core import FmnbError, RunError
 
-# %% ../../nbs/29_train.loop.ipynb #0f8841fe
-WITHIN_BATCH = {"before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward", "after_backward", "before_step", "after_step", "after_cancel_batch", "after_batch"}
-
-
+# %% ../../nbs/29_train.loop.ipynb #b7f4fdec
 class LeanRecorder(Recorder):
     "fastai's recorder with a quicker note of a training step."
     name = "recorder"
@@ -37,6 +34,9 @@ class LeanRecorder(Recorder):
         self.lrs.append(learn.opt.opt.param_groups[-1]["lr"])
         self.losses.append(smooth.value)
         vars(learn)["smooth_loss"] = self.losses[-1]
+
+# %% ../../nbs/29_train.loop.ipynb #b4d033c2
+WITHIN_BATCH = {"before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward", "after_backward", "before_step", "after_step", "after_cancel_batch", "after_batch"}
 
 
 class LeanLearner(Learner):
