@@ -278,6 +278,7 @@ def test_a_range_test_survives_its_first_steps(first, monkeypatch):
     monkeypatch.setattr("fmnb.train.learner.make_learner", lambda *values, **more: made(*values, callbacks=[Lucky(first)], **more))
     found = range_test(learner(n_items=64), (1e-3, 1e-2), steps=30)
     assert len(found.curve) == 30 and 1e-3 <= found.learning_rate <= 1e-2
+    assert ("suggests nothing" in found.explain()) == bool(np.isnan(first))
 
 
 def test_a_loader_that_cannot_shorten_an_epoch():

@@ -66,12 +66,12 @@ def trial(
         loader.rng.setstate(order)
         vars(loader).update(kept)
 
-# %% ../../nbs/31_train.learner.ipynb #cf12f774
+# %% ../../nbs/31_train.learner.ipynb #3541d14f
 @dataclass(frozen=True)
 class RangeTest:
     "What a learning-rate range test found."
     learning_rate: float  # the choice
-    suggested: float      # what the valley rule said
+    suggested: float      # what the valley rule said; 0 = nothing
     factor: float         # what the family multiplies it by
     allowed: tuple[float, float]  # and the range it is kept in
     curve: pd.DataFrame   # `learning_rate`, `loss` (smoothed)
@@ -79,10 +79,12 @@ class RangeTest:
     def explain(self) -> str:
         "One sentence on how the rate was chosen."
         low, high = self.allowed
+        if not self.suggested:
+            return f"The loss of the range test was no number, so it suggests nothing; the peak learning rate is {self.learning_rate:.1e}, the middle between {low:.1e} and {high:.1e}."
         return (f"The range test suggests {self.suggested:.1e}; times {self.factor:g}, and kept between {low:.1e} and {high:.1e}, "
                 f"that is a peak learning rate of {self.learning_rate:.1e}.")
 
-# %% ../../nbs/31_train.learner.ipynb #e662c589
+# %% ../../nbs/31_train.learner.ipynb #3b22e74b
 def range_test(
     learn: StepLearner,                 # left as it is
     allowed: tuple[float, float],       # smallest and largest rate to choose
@@ -97,8 +99,8 @@ def range_test(
         if len(probe.recorder.lrs) > steps // 3:
             break
     curve = pd.DataFrame({"learning_rate": probe.recorder.lrs, "loss": [float(loss) for loss in probe.recorder.losses]})
-    suggested = _suggestion(curve, steps) or math.prod(allowed) ** 0.5
-    return RangeTest(float(np.clip(factor * suggested, *allowed)), float(suggested), factor, allowed, curve)
+    suggested = _suggestion(curve, steps)
+    return RangeTest(float(np.clip(factor * suggested, *allowed)) if suggested else math.prod(allowed) ** 0.5, suggested, factor, allowed, curve)
 
 
 def _suggestion(curve: pd.DataFrame, steps: int) -> float:
