@@ -46,9 +46,10 @@ notebooks: $(INSTALLED)  ## execute all notebooks but the reports in place, so t
 	$(BIN)/nbdev_clean
 
 readme: $(INSTALLED)  ## write README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --RegexRemovePreprocessor.patterns='["#\\|\\s*hide"]' nbs/index.ipynb \
-		| sed 's#](images/#](nbs/images/#g' \
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout --RegexRemovePreprocessor.patterns='["#\\|\\s*hide"]' nbs/index.ipynb > $(README).part || { rm -f $(README).part; exit 1; }
+	sed 's#](images/#](nbs/images/#g' $(README).part \
 		| awk '/^```./ { inside = 1 } /^```$$/ { if (inside = !inside) { print "```python"; next } } { print }' > $(README)
+	rm $(README).part
 
 docs: $(VENV)/.docs  ## the site, from the notebooks as they stand: _docs/index.html
 	$(BIN)/python docs/build.py

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'RECIPES', 'PARAMETER_NAMES', 'Config', 'parameter_table', 'coerce', 'check_range', 'make_config',
-           'config_from_notebook']
+           'refuse_beside', 'config_from_notebook']
 
 # %% ../nbs/01_config.ipynb #3e469ab1
 import ast
@@ -33,7 +33,7 @@ def _parameter(
     "A dataclass field that knows its limits."
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices, many=many, first=first))
 
-# %% ../nbs/01_config.ipynb #13c5086a
+# %% ../nbs/01_config.ipynb #91818ba8
 @dataclass(frozen=True)
 class Config:
     "The resolved parameters of one run. Frozen: use `dataclasses.replace` for a changed copy."
@@ -59,10 +59,11 @@ class Config:
     batch_size: int = _parameter(0, "items a step; 0 = chosen for the data", 0, 65_536)
     learning_rate: float = _parameter(0.0, "peak learning rate; 0 = found by a range test", 0, 10)
     budget: float = _parameter(0.0, "minutes of training for each model, estimated before it starts by cutting the epochs; 0 = no limit", 0, 100_000)
-    test_frac: float = _parameter(0.2, "share of the items held out for the test, from 0.01 to 0.8", 0.01, 0.8)
+    test_frac: float = _parameter(0.2, "share of the items held out for the test, from 0.01 to 0.8; where the source has a test split, that one", 0.01, 0.8)
     max_memory: float = _parameter(0.0, "GiB that a training may hold at once; 0 = no limit", 0, 100_000)
     search_minutes: float = _parameter(1.0, "minutes that a search may take, of models or of hyper-parameters; 0 = no limit", 0, 100_000)
     trials: int = _parameter(0, "trials of a search for hyper-parameters; 0 = as many as there is time for", 0, 100_000)
+    strategy: str = _parameter("prune", "of a search for hyper-parameters: prune = trials that fall behind are ended, whole = none is, pareto = none is, and short trainings are searched for too", choices=("prune", "whole", "pareto"))
     evaluate_on: str = _parameter("", "labelled data, as for `data`, against which contamination is checked and on which the gain is measured; empty = the labels of `data` where it has any")
     seed: int = _parameter(0, "seed of initial weights, batches and augmentation; the split does not depend on it", 0, 2**31 - 1)
     runs: str = _parameter("", "run folders that were made before, separated by commas; empty = train first")
@@ -172,6 +173,18 @@ def make_config(
             checked[name] = ",".join(part.strip() for part in checked[name].split(","))
         check_range(name, checked[name], fields[name].metadata)
     return Config(**checked)
+
+# %% ../nbs/01_config.ipynb #1e1e8684
+def refuse_beside(
+    config: Config,         # as it was given
+    name: str,              # a parameter that settles others where it is set
+    others: Iterable[str],  # these
+) -> None:
+    "Raise `ConfigError` where parameters are set that would be ignored."
+    usual = Config()
+    given = [other for other in others if getattr(config, other) != getattr(usual, other)]
+    if given and getattr(config, name) != getattr(usual, name):
+        raise ConfigError(f"Parameter {name} settles {', '.join(given)}; leave {'that' if len(given) == 1 else 'those'} out, or {name}.")
 
 # %% ../nbs/01_config.ipynb #378358de
 def _injected_names(cells: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ import pandas as pd
 import papermill
 import pytest
 from fmnb.core import ConfigError, RunError, write_json
+from fmnb.run.cli import main
 from fmnb.run.execute import resume, run
 from fmnb.run.record import FORMAT, Run, changed_files, open_run
 from fmnb.run.stage import stage
@@ -159,6 +160,40 @@ def test_parameters_are_refused_before_anything_is_made(parameters, given, messa
     with pytest.raises(ConfigError, match=message):
         run(path, given, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, given", [("evaluate", {"runs": "{run}"}), ("compare", {"runs": "{run},elsewhere"}), ("prepare", {"decisions": "{run}/decisions.jsonl"}), ("select", {"start_from": "elsewhere, {run}"})])
+def test_what_a_run_reads_is_not_replaced(name, given, tmp_path):
+    """Whichever parameter names it."""
+    finished = run(report(tmp_path), {}, tmp_path / "run", progress=False)
+    (finished.folder / "decisions.jsonl").touch()
+    with pytest.raises(RunError, match="from which it reads"):
+        run(name, {key: value.format(run=finished.folder) for key, value in given.items()}, finished.folder, overwrite=True, progress=False)
+    assert (finished.folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("words", [["finetune"], ["-p", "epochs", "3"], ["--out", "elsewhere"], ["--overwrite"]])
+def test_to_go_on_takes_no_other_parameters(words, tmp_path, capsys):
+    assert main(["run", *words, "--resume", str(tmp_path)]) == 2
+    assert "--resume goes on with the parameters that the run was begun with" in capsys.readouterr().err
+
+
+def test_two_notebooks_of_one_name_do_not_go_on_with_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("one", "1 / 0"), ("two", "2")):
+        (tmp_path / name).mkdir()
+        path = report(tmp_path / name, source)
+        with pytest.raises(RunError, match="ZeroDivisionError" if name == "one" else "exists and holds a run with other parameters"):
+            run(path, {}, progress=False)
+
+
+def test_going_on_with_a_changed_notebook_is_said(tmp_path):
+    path = report(tmp_path, "1 / 0")
+    with pytest.raises(RunError):
+        run(path, {}, tmp_path / "run", progress=False)
+    report(tmp_path, "2")
+    with pytest.warns(RuntimeWarning, match="has changed since this run began"):
+        assert resume(tmp_path / "run", progress=False).status["status"] == "finished"
 
 
 def test_papermill_with_our_engine_refuses_too(tmp_path, monkeypatch):

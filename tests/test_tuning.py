@@ -13,9 +13,10 @@ from fmnb.data.prepare import prepare
 from fmnb.data.source import load_items
 from fmnb.data.split import split_items
 from fmnb.model.head import build_model
+from fmnb.run.execute import run
 from fmnb.train.finetune import train
 from fmnb.train.learner import learner_history, make_learner
-from fmnb.train.tune import Range, ReportEpochs, open_study, search, trials_table
+from fmnb.train.tune import Range, ReportEpochs, best_values, open_study, search, trials_table
 
 SPACE = {"rate": Range(1e-4, 1e-1, log=True), "size": (8, 16)}
 CODE = """
@@ -139,3 +140,23 @@ def test_a_training_is_ended_early(tmp_path):
     search(open_study(file, space), file, space, train_once, {"rate": 3e-3}, 12)
     table = trials_table(open_study(file, space))
     assert 1e-6 in set(table.loc[table["state"] == "pruned", "rate"]) and table["state"].isin(["complete", "pruned"]).sum() == len(table) == 12
+
+
+def test_the_cheapest_of_the_good_trials_is_taken(tmp_path):
+    """Within a margin of the best; without one the best is, and of equal ones the first."""
+    file, told = tmp_path / "study.db", iter([(0.80, 4.0), (0.90, 8.0), (0.89, 2.0), (0.90, 1.0), (0.70, 0.5)])
+    search(study := open_study(file, SPACE, cost=True), file, SPACE, lambda values, report: next(told), {"rate": 0.01, "size": 8}, 5)
+    assert list(trials_table(study)["seconds"]) == [4.0, 8.0, 2.0, 1.0, 0.5] and set(trials_table(study)["state"]) == {"complete"}
+    assert [best_values(study, within)[0] for within in (0.0, 0.005, 0.1, 0.25)] == [1, 3, 3, 4]
+
+
+def test_short_trainings_are_searched_for_too(tmp_path):
+    """Passes and width are searched, no trial is ended, and a longer final training keeps the share of the passes."""
+    done = run("tune", {"family": "cnn", "backbone": "residual, base=4", "epochs": 4, "trials": 5, "search_minutes": 0.0, "strategy": "pareto"}, tmp_path / "run", progress=False)
+    table = done.history
+    assert list(table["state"]) == ["complete"] * 5
+    assert (table.loc[0, "epochs"], table.loc[0, "backbone.base"]) == (4, 4)  # the defaults first
+    assert table["epochs"].between(1, 4).all() and set(table["backbone.base"]) <= {2, 4, 8} and table["epochs"].nunique() > 1
+    assert any("The tuned training took" in finding for finding in done.metrics["findings"])
+    with pytest.raises(ConfigError, match="strategy"):
+        make_config({"strategy": "fastest"})

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_CATEGORIES', 'ROLES', 'column_kind', 'fit_columns', 'apply_columns', 'column_sizes']
 
-# %% ../../nbs/09_data.columns.ipynb #b36d892d
+# %% ../../nbs/09_data.columns.ipynb #5231fa75
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from ..core import DataError, did_you_mean
 
-# %% ../../nbs/09_data.columns.ipynb #ab92d235
+# %% ../../nbs/09_data.columns.ipynb #2a590bd9
 MAX_CATEGORIES = 1000
 ROLES = ("item_id", "label", "split", "group", "image", "audio", "text")
 
@@ -28,7 +29,8 @@ def column_kind(
         return "date"
     if known.empty or known.map(lambda value: isinstance(value, (bool, np.bool_))).all():
         return "category"
-    if pd.to_numeric(known, errors="coerce").notna().all():
+    codes = known.map(lambda value: isinstance(value, str) and re.fullmatch(r"[-+]?0\d+", value.strip()) is not None)  # 01234 names a place and no quantity
+    if not codes.any() and pd.to_numeric(known, errors="coerce").notna().all():
         return "number"
     return "date" if pd.to_datetime(known.astype(str), format="ISO8601", errors="coerce", utc=True).notna().all() else "category"
 

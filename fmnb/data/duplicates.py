@@ -95,7 +95,7 @@ def _candidates(
     pairs = np.sort(np.concatenate([np.empty((0, 2), dtype=int), *found]), axis=1)
     return np.unique(pairs, axis=0)
 
-# %% ../../nbs/07_data.duplicates.ipynb #8260149e
+# %% ../../nbs/07_data.duplicates.ipynb #ffbc9b0c
 HEARD = 30  # seconds of a recording that are compared, at 8 kHz
 
 
@@ -108,7 +108,7 @@ def _sounds_alike(
 
     @lru_cache(maxsize=256)
     def heard(position: int) -> np.ndarray:
-        samples = decode_audio(contents(position), rate=8000)[0][:HEARD * 8000]
+        samples = decode_audio(contents(position), rate=8000, seconds=HEARD)[0]
         return samples - samples.mean()
     return np.array([sound_similarity(heard(left), heard(right)) for left, right in pairs.tolist()])
 

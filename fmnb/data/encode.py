@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encode_images', 'encode_sounds', 'encode_texts', 'Encoder']
 
-# %% ../../nbs/17_data.encode.ipynb #32da7e21
+# %% ../../nbs/17_data.encode.ipynb #c944f108
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from .image import fit_image, set_channels
 from .load import batch_transform, pad_tokens
 from .media import decode_audio, decode_pixels, normalise_text, resample
 from .prepare import Prepared
-from .sound import fit_spectrogram, log_mel
+from .sound import fit_spectrogram, log_mel, middle
 from .text import load_tokenizer
 
 # %% ../../nbs/17_data.encode.ipynb #6070109c
@@ -51,7 +51,7 @@ def encode_images(
     size = (spec["height"], spec["width"])
     return torch.from_numpy(np.stack([set_channels(fit_image(_pixels(source, name), size, fit), spec["channels"]).transpose(2, 0, 1) for source, name in zip(sources, names, strict=True)]))
 
-# %% ../../nbs/17_data.encode.ipynb #aa82b042
+# %% ../../nbs/17_data.encode.ipynb #cd6e1016
 def _samples(source: Any, name: str, rate: int) -> np.ndarray:
     "float32 (samples,) at the wanted rate, whatever the recording is given as."
     if not isinstance(source, tuple):
@@ -69,7 +69,7 @@ def encode_sounds(
 ) -> torch.Tensor:            # float32, (items, 1, frames, bands)
     "Log-mel spectrograms. Raises `DataError` that names the first that cannot be read."
     spec, rate = like["input_spec"], like["preprocessing"]["sample_rate"]
-    found = [fit_spectrogram(log_mel(_samples(source, name, rate), rate, spec["width"]), spec["height"]) for source, name in zip(sources, names, strict=True)]
+    found = [fit_spectrogram(log_mel(middle(_samples(source, name, rate), rate, spec["height"]), rate, spec["width"]), spec["height"]) for source, name in zip(sources, names, strict=True)]
     return torch.from_numpy(np.stack(found)).unsqueeze(1).float()
 
 # %% ../../nbs/17_data.encode.ipynb #1a6509c8

@@ -86,7 +86,7 @@ def _spectrogram_on_grid(
     grid = zoom(mel, (1, GRID[1] / mel.shape[1]), order=1, mode="nearest", grid_mode=True)
     return (grid - grid.mean()).astype(np.float16).ravel()
 
-# %% ../../nbs/06_data.facts.ipynb #e3e2529a
+# %% ../../nbs/06_data.facts.ipynb #f5d3805e
 def _audio_facts(
     data: bytes,   # an encoded recording
     item_id: str,  # named in the error message
@@ -97,7 +97,7 @@ def _audio_facts(
         return {"seconds": 0.0, "channels": channels, "peak": 0.0, "blank": True}, np.zeros(GRID[0] * GRID[1], np.float16)
     samples, rate = decode_audio(data, item_id)
     level = np.abs(samples)
-    rms = math.sqrt(np.mean(np.square(samples, dtype=np.float64)))
+    rms = math.sqrt(sum(np.square(part, dtype=np.float64).sum() for part in np.array_split(samples, 1 + len(samples) // 2**20)) / len(samples))
     facts = {"decoded": _digest(str(rate).encode(), samples), "seconds": len(samples) / rate, "rate": rate, "channels": channels,
              "rms_db": 20 * math.log10(max(rms, 1e-6)), "peak": float(level.max()), "clipped": float((level >= 0.999).mean()),
              "blank": bool(level.max() < 1e-4)}

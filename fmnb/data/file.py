@@ -6,7 +6,7 @@
 __all__ = ['SPLIT_NAMES', 'LARGE_BYTES', 'TABLE_READERS', 'file_encoding', 'open_text', 'gather', 'csv_dialect', 'wide',
            'table_suffix', 'read_rows', 'to_frame']
 
-# %% ../../nbs/05_data.file.ipynb #e3a16f10
+# %% ../../nbs/05_data.file.ipynb #5e0ebd01
 import codecs
 import csv
 import io
@@ -26,12 +26,12 @@ import pyarrow.parquet as pq
 
 from ..core import DataError, atomic_path, cache_dir, stable_hash
 from .archive import BROKEN, open_metered, reason
-from .media import guess_encoding
+from .media import guess_encoding, utf8_letters
 
 # %% ../../nbs/05_data.file.ipynb #0a290369
 SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid", "test": "test", "testing": "test"}
 
-# %% ../../nbs/05_data.file.ipynb #e7c4d785
+# %% ../../nbs/05_data.file.ipynb #f2b0a6d8
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"PK\x03\x04", b"%PDF", b"PAR1", b"OggS", b"fLaC", b"\x7fELF", b"\xd0\xcf\x11\xe0")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\ufffd]")
 
@@ -48,15 +48,12 @@ def file_encoding(
             raise DataError(f"{path} holds binary data and no text; give it the suffix of what it is, or export it as text.")
         if encoding != "utf-8":
             return encoding
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            while block:
-                decoder.decode(block)
-                block = file.read(2**20)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return "cp1252"
-    return "utf-8"
+        decoder, right, wrong = codecs.getincrementaldecoder("utf-8")("replace"), 0, 0
+        while block:
+            found = utf8_letters(decoder.decode(block))
+            right, wrong, block = right + found[0], wrong + found[1], file.read(2**20)
+        wrong += len(decoder.decode(b"", final=True))
+    return "utf-8" if right >= wrong else "cp1252"
 
 
 def open_text(

@@ -113,14 +113,17 @@ def _stem(name: str) -> str:
     "A file's name without folders and suffix."
     return os.path.splitext(name.rpartition("/")[2])[0]
 
-# %% ../../nbs/09_data.folder.ipynb #184f82fc
+# %% ../../nbs/09_data.folder.ipynb #746f2190
 def load_media_folder(
     root: Path,              # the folder that encloses all files
     files: list[str],        # paths of images or recordings below it
     kind: str,               # 'image' or 'audio'
     name_pattern: str = "",  # regular expression with groups called label, group, split or time, searched for in the file's name
+    labelled: bool = True,   # look for labels? Otherwise each file is an item, wherever it lies
 ) -> pd.DataFrame:           # an items table; without `label` where nothing tells one
-    "Items of a folder of images or recordings, labelled by class folders, by their names, or not at all."
+    "Items of a folder of images or recordings, labelled by class folders where most files lie in some, by their names, or not at all."
+    if not labelled:
+        return _unlabelled(root, files, kind)
     splits, passed, told = split_of_folders(files), len(files), "none"
     if splits:
         files = [name for name, split in zip(files, splits) if split]
@@ -128,6 +131,8 @@ def load_media_folder(
     level = 1 if splits else 0
     parts = [name.split("/") for name in files]
     labels = [part[level] if len(part) > level + 1 else "" for part in parts]
+    if sum(map(bool, labels)) * 2 < len(files):  # a stray folder makes no classes
+        labels = [""] * len(files)
     if any(labels) and not name_pattern:
         kept = [i for i, label in enumerate(labels) if label]
         files, labels, splits = ([column[i] for i in kept] if column else column for column in (files, labels, splits))
@@ -149,7 +154,15 @@ def load_media_folder(
     items.attrs["source"] = {"kind": f"folder of {kind} files", "labels": told, "splits": "folders" if splits else "none", "files passed over": str(passed - len(files))}
     return items
 
-# %% ../../nbs/09_data.folder.ipynb #9c6d1bad
+# %% ../../nbs/09_data.folder.ipynb #fd2f73f2
+def _unlabelled(root: Path, files: list[str], kind: str) -> pd.DataFrame:
+    "Each file as an item, and nothing else."
+    base = os.path.abspath(root)
+    items = pd.DataFrame({"item_id": pd.Series(files, dtype="str"), kind: pd.Series([f"{base}/{name}" for name in files], dtype="str")})
+    items.attrs["source"] = {"kind": f"folder of {kind} files", "labels": "not looked for", "splits": "none", "files passed over": "0"}
+    return items
+
+
 def _match_names(files: list[str], pattern: str, root: Path) -> dict[str, list[str | None]]:
     "Columns from the named groups of a pattern, missing where a name does not match."
     try:
@@ -251,12 +264,15 @@ def load_corpus(
     items.attrs["source"] = {"kind": "corpus", "passages": f"of at most {PASSAGE_LENGTH:,} characters", "files": str(len(files))}
     return items if len(files) > 1 else items.drop(columns="group")
 
-# %% ../../nbs/09_data.folder.ipynb #0d027aae
+# %% ../../nbs/09_data.folder.ipynb #33393312
 def load_text_folder(
     root: Path,        # the folder that encloses all files
     files: list[str],  # paths of .txt files below it
+    labelled: bool = True,  # look for labels? Otherwise each file is an item, wherever it lies
 ) -> pd.DataFrame:     # an items table; a corpus, without `label`, where the folders are no classes
     "The texts of a folder: one item a file in class folders, else a corpus."
+    if not labelled:
+        return _whole_texts(root, files, {"kind": "folder of text files", "labels": "not looked for", "splits": "none", "files passed over": "0"})
     splits = split_of_folders(files)
     level = 1 if splits else 0
     parts = {name: name.split("/") for name in files}
@@ -264,12 +280,18 @@ def load_text_folder(
     count = Counter(parts[name][level] for name in inside)
     if len(count) < 2 or min(count.values()) < 2 or any(len(part) > level + 2 for part in parts.values()):
         return load_corpus(root, files)
-    size, version = _sizes(root, inside)
-    items = to_frame(gather(_batches_of_texts(root, inside), root, size, f"texts {version}"))
+    items = _whole_texts(root, inside, {"kind": "folder of text files", "labels": "class folders", "splits": "folders" if splits else "none", "files passed over": str(len(files) - len(inside))})
     items["label"] = pd.Series([parts[name][level] for name in inside], dtype="str")
     if splits:
         items["split"] = pd.Series([SPLIT_NAMES[parts[name][0].lower()] for name in inside], dtype="str")
-    items.attrs["source"] = {"kind": "folder of text files", "labels": "class folders", "splits": "folders" if splits else "none", "files passed over": str(len(files) - len(inside))}
+    return items
+
+
+def _whole_texts(root: Path, files: list[str], source: dict[str, str]) -> pd.DataFrame:
+    "Each file as an item: `item_id`, `text`."
+    size, version = _sizes(root, files)
+    items = to_frame(gather(_batches_of_texts(root, files), root, size, f"texts {version}"))
+    items.attrs["source"] = source
     return items
 
 

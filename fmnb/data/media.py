@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_FILE_BYTES', 'MODALITIES', 'IMAGE_SUFFIXES', 'AUDIO_SUFFIXES', 'MAX_PIXELS', 'MAX_SECONDS', 'RATES',
            'modality_of', 'read_bytes', 'decode_image', 'decode_pixels', 'audio_header', 'decode_audio', 'resample',
-           'mel_filters', 'guess_encoding', 'decode_text', 'normalise_text', 'in_processes']
+           'mel_filters', 'utf8_letters', 'guess_encoding', 'decode_text', 'normalise_text', 'in_processes']
 
-# %% ../../nbs/03_data.media.ipynb #029a1cda
+# %% ../../nbs/03_data.media.ipynb #584815a1
+import codecs
 import contextlib
 import io
 import itertools
@@ -251,12 +252,21 @@ def mel_filters(
     rising, falling = (frequencies - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - frequencies) / np.diff(edges)[1:]
     return np.minimum(rising, falling).clip(min=0)
 
-# %% ../../nbs/03_data.media.ipynb #a2c0bc75
+# %% ../../nbs/03_data.media.ipynb #f8313530
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def utf8_letters(
+    text: str,          # decoded as UTF-8 with errors replaced
+) -> tuple[int, int]:   # letters beyond ASCII; bytes that were none
+    "What speaks for UTF-8 and what against it. Western European text hardly ever holds a valid letter of several bytes; a file of UTF-8 may hold a damaged one."
+    wrong = text.count("\ufffd")
+    return len(text) - len(text.encode("ascii", "ignore")) - wrong, wrong
 
 
 def guess_encoding(
     data: bytes,  # the text, or its first few thousand bytes
+    whole: bool = False,  # is it all of the text? Otherwise it may end inside a letter
 ) -> str:         # a codec's name, one of utf-8, utf-8-sig, utf-16, utf-16-le, utf-16-be, utf-32, cp1252
     "The encoding of a text, from its byte-order mark or its bytes."
     for mark, encoding in _MARKS.items():
@@ -265,18 +275,15 @@ def guess_encoding(
     sample = np.frombuffer(data[:4096], dtype=np.uint8)
     if len(sample) > 3 and (sample == 0).mean() > 0.2:
         return "utf-16-le" if (sample[1::2] == 0).mean() > (sample[::2] == 0).mean() else "utf-16-be"
-    try:
-        data.decode("utf-8")
-        return "utf-8"
-    except UnicodeDecodeError as error:  # a sample may end inside a character
-        return "utf-8" if error.reason == "unexpected end of data" and error.start > len(data) - 4 > 0 else "cp1252"
+    right, wrong = utf8_letters(codecs.getincrementaldecoder("utf-8")("replace").decode(data, final=whole))
+    return "utf-8" if right >= wrong else "cp1252"
 
 
 def decode_text(
     data: bytes,  # a text in UTF-8, UTF-16, UTF-32, Windows-1252 or Latin-1, with or without a byte-order mark
 ) -> str:         # newlines are `\n`
     "Decode a text. It never fails: what no encoding knows becomes the replacement character."
-    text = data.decode(guess_encoding(data), errors="replace")
+    text = data.decode(guess_encoding(data, whole=True), errors="replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

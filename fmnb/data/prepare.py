@@ -6,8 +6,9 @@
 __all__ = ['Prepared', 'open_prepared', 'prepared_images', 'prepared_spectrograms', 'prepared_tokens', 'prepared_contents',
            'Preprocessing', 'parse_preprocessing', 'Preparation', 'write_preparation', 'read_preparation', 'prepare']
 
-# %% ../../nbs/13_data.prepare.ipynb #4faadbe9
+# %% ../../nbs/13_data.prepare.ipynb #33bdf775
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ import pyarrow as pa
 from ..core import DataError, RunError, cache_dir, did_you_mean, parse_settings, read_json, stable_hash, write_json
 from .columns import apply_columns, column_sizes, fit_columns
 from .image import FITS, image_column
-from .media import modality_of
+from .media import RATES, modality_of
 from .problem import PROBLEM_TYPES, find_problem_type, make_targets
 from .sound import spectrogram_column
 from .source import fingerprint_items, save_items
@@ -119,7 +120,7 @@ def prepared_contents(
     ids = [values[offsets[i]:offsets[i + 1]].tolist() for i in positions]
     return Tokenizer.from_file(str(prepared.folder / "tokenizer.json")).decode_batch(ids), prepared.targets[positions]
 
-# %% ../../nbs/13_data.prepare.ipynb #df1807b9
+# %% ../../nbs/13_data.prepare.ipynb #beee8a5b
 @dataclass(frozen=True)
 class Preprocessing:
     "How items become numbers. Raises `DataError` for a value out of range."
@@ -138,6 +139,8 @@ class Preprocessing:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise DataError(f"{name} must be from {low:,} to {high:,}, not {getattr(self, name)!r}.")
+        if 0 < self.sample_rate < RATES[0]:
+            raise DataError(f"sample_rate is samples a second, 0 or from {RATES[0]:,} on, not {self.sample_rate}.")
         for name, known in dict(image_fit=FITS, problem_type=("", *PROBLEM_TYPES)).items():
             if (value := getattr(self, name)) not in known:
                 raise DataError(f"{name} cannot be {value!r}. {did_you_mean(value, filter(None, known))}")
@@ -190,7 +193,7 @@ def read_preparation(
         raise DataError(f"Files that {data} was prepared from have changed since; prepare the data again.")
     return Preparation(Preprocessing(**read["preprocessing"] | {"columns": tuple(read["preprocessing"]["columns"])}), read["augment"], True)
 
-# %% ../../nbs/13_data.prepare.ipynb #c7e12600
+# %% ../../nbs/13_data.prepare.ipynb #03cf5021
 def prepare(
     items: pd.DataFrame,          # `item_id`, `split`, optionally `label`, and `image`, `audio` (encoded bytes or a path) or `text`
     settings: Preprocessing = Preprocessing(),  # how items become numbers
@@ -214,11 +217,12 @@ def prepare(
         raise RunError(f"{folder} exists and is not a Prepared folder, so nothing in it is replaced; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-{os.getpid()}-", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-{os.getpid()}-{_HOST}-", dir=folder.parent))
     try:
         _write_prepared(partial, items, chosen, like, fingerprint)
         if not (folder / "manifest.json").exists():  # else another process was quicker
             shutil.rmtree(folder, ignore_errors=True)
+            partial.chmod(0o755)  # others may share the cache
             partial.rename(folder)
     except OSError:
         if not (folder / "manifest.json").exists():  # as above, within the blink of an eye
@@ -274,7 +278,7 @@ def _likeness(items: pd.DataFrame, like: Mapping[str, Any] | None) -> str:
     tokenizer = Path(like["tokenizer"]).read_bytes() if modality == "text" else b""
     return stable_hash(like["input_spec"], like["preprocessing"], tokenizer)
 
-# %% ../../nbs/13_data.prepare.ipynb #2c26def4
+# %% ../../nbs/13_data.prepare.ipynb #6bbee3aa
 def _check_follows(settings: Preprocessing, like: Mapping[str, Any]) -> None:
     "Raise `DataError` where a setting was chosen that the model to start from contradicts."
     spec, made = like["input_spec"], like["preprocessing"]
@@ -292,9 +296,12 @@ def _tokenizer_mark(settings: Mapping[str, Any]) -> str:
     return stable_hash(file.read_bytes()) if file.is_file() else ""
 
 
+_HOST = stable_hash(platform.node(), length=8)
+
+
 def _remove_leftovers(folder: Path) -> None:
-    "Remove what preparations of this folder left whose process is gone."
-    for path in folder.parent.glob(f"{folder.name}.partial-*"):
+    "Remove what preparations of this folder left whose process is gone; of another machine's processes nothing is known."
+    for path in folder.parent.glob(f"{folder.name}.partial-*-{_HOST}-*"):
         process = path.name.removeprefix(f"{folder.name}.partial-").split("-")[0]
         try:
             os.kill(int(process), 0)

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'show_images', 'show_texts', 'picture_card', 'sound_card', 'text_card', 'item_card', 'show_sounds',
-           'label_caption', 'show_items', 'show_table', 'show_groups', 'split_counts', 'plot_balance', 'plot_facts',
-           'data_findings', 'show_augmented']
+           'label_caption', 'show_items', 'show_table', 'bullets', 'show_groups', 'split_counts', 'plot_balance',
+           'plot_facts', 'data_findings', 'show_augmented']
 
-# %% ../../nbs/15_data.show.ipynb #0b45e26e
+# %% ../../nbs/15_data.show.ipynb #cc95a73a
 import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
@@ -166,6 +167,13 @@ def show_table(
     left += [dict(selector=f"td.col{i}", props="overflow-wrap: anywhere" if is_long else "white-space: nowrap") for i, is_long in enumerate(long)]
     numbers = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
     return _styled(table, left).format("{:,}", subset=numbers)
+
+# %% ../../nbs/15_data.show.ipynb #2e413859
+def bullets(
+    sentences: Iterable[str],  # which may name classes and items
+) -> Markdown:
+    "Sentences as a list, every name as it is written."
+    return Markdown("\n".join("- " + re.sub(r"[$*`]|__", lambda found: "".join(f"\\{letter}" for letter in found[0]), sentence.replace("&", "&amp;").replace("<", "&lt;")) for sentence in sentences))
 
 # %% ../../nbs/15_data.show.ipynb #532b072d
 def show_groups(

@@ -6,11 +6,12 @@
 __all__ = ['EMBEDDED', 'MediaIndex', 'load_folder', 'load_frame', 'load_hub', 'save_items', 'open_items', 'load_items',
            'fingerprint_items', 'keep_frame']
 
-# %% ../../nbs/10_data.source.ipynb #7ec57cd9
+# %% ../../nbs/10_data.source.ipynb #d38ce265
 import hashlib
 import json
 import os
 import socket
+import unicodedata
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,7 +29,12 @@ from .folder import find_files, list_files, load_corpus, load_media_folder, load
 from .media import MODALITIES, modality_of
 from .table import find_columns, items_from_rows, load_table, load_tables, named_rows
 
-# %% ../../nbs/10_data.source.ipynb #16acd846
+# %% ../../nbs/10_data.source.ipynb #dcbbf88f
+def _folded(name: str) -> str:
+    "A name without what file systems tell apart differently: upper case, and accents composed or not."
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class MediaIndex:
     "Finds the media of a folder by what a table may call them."
 
@@ -39,13 +45,14 @@ class MediaIndex:
         files: list[str],  # their paths below it
     ):
         prefix = top.relative_to(root).as_posix()
-        self.top, self.files, self.names = top, {}, {}
+        self.top, self.files, self.names, self.folded = top, {}, {}, {}
         for file in files:
             path = file if prefix == "." else f"{prefix}/{file}"
             self.files[path] = file
             for tail in {path[start:] for start in (0, *(i + 1 for i, letter in enumerate(path) if letter == "/"))}:
                 for name in {tail, os.path.splitext(tail)[0]}:
                     self.names[name] = "" if name in self.names else file  # a name of two files names none
+                    self.folded[_folded(name)] = "" if self.folded.get(_folded(name), file) != file else file
 
     def find(
         self,
@@ -56,9 +63,9 @@ class MediaIndex:
         if isinstance(values.dtype, (np.dtype, pd.ArrowDtype)) and values.dtype != object and not pd.api.types.is_integer_dtype(values.dtype):
             return [""] * len(values)
         names = [os.path.normpath(value.strip().replace("\\", "/")) if isinstance(value, str) else str(value) for value in values]
-        return [self.files.get(os.path.normpath(f"{folder}/{name}")) or self.names.get(name, "") for name in names]
+        return [self.files.get(os.path.normpath(f"{folder}/{name}")) or self.names.get(name, "") or self.folded.get(_folded(name), "") for name in names]
 
-# %% ../../nbs/10_data.source.ipynb #9358f368
+# %% ../../nbs/10_data.source.ipynb #f353b140
 def _media_rows(index: MediaIndex, root: Path, table: str, said: list[str]) -> tuple[pd.DataFrame, dict[str, str]] | None:
     "The rows of a table that names media, those that name none left out, and the roles of its columns; None where it names too few."
     rows, header = named_rows(root / table, [name for name in said if name])
@@ -73,7 +80,9 @@ def _media_rows(index: MediaIndex, root: Path, table: str, said: list[str]) -> t
     if "label" not in columns and len(others) == 1 and rows[others[0]].astype(str).nunique() < len(rows):
         columns["label"] = others[0]
     rows[column] = pd.Series(found[column], dtype="str")
-    return rows[rows[column] != ""].reset_index(drop=True), columns
+    kept = rows[rows[column] != ""].reset_index(drop=True)
+    kept.attrs["rows passed over"] = len(rows) - len(kept)
+    return kept, columns
 
 
 def _items_of_table(items: pd.DataFrame, index: MediaIndex, root: Path, table: str, rows: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
@@ -86,7 +95,7 @@ def _items_of_table(items: pd.DataFrame, index: MediaIndex, root: Path, table: s
         labelled["split"] = files.map(dict(zip(index.files.values(), splits))).replace("", None)
     labels = labelled.attrs["source"].pop("labels", f"the column {columns['label']} of {table}" if "label" in labelled else "none")
     labelled.attrs["source"] |= {"kind": f"folder of {kind} files with a table", "table": table, "labels": labels}
-    labelled.attrs["source"]["files passed over"] = str(len(index.files) - files.nunique())
+    labelled.attrs["source"] |= {"files passed over": str(len(index.files) - files.nunique()), "rows that name no file": str(rows.attrs["rows passed over"])}
     return labelled
 
 # %% ../../nbs/10_data.source.ipynb #6d2ec939
@@ -145,13 +154,14 @@ def _agree(folders: pd.Series, labels: pd.Series) -> bool:
     pairs = pd.DataFrame({"folder": folders, "label": labels}).dropna().drop_duplicates()
     return pairs["folder"].is_unique and pairs["label"].is_unique
 
-# %% ../../nbs/10_data.source.ipynb #2f06e06c
+# %% ../../nbs/10_data.source.ipynb #fcad1d2c
 def load_folder(
     root: Path,              # a folder of images, recordings, texts or tables
     text_column: str = "",   # of tables: the contents' column
     label_column: str = "",  # of tables: the labels' column
     name_pattern: str = "",  # of images and recordings: regular expression with groups label, group, split, time, searched for in the file's name
     packed: bool = False,    # is it what an archive held?
+    labelled: bool = True,   # of images, recordings and texts: look for labels? Otherwise each file is an item, wherever it lies
 ) -> pd.DataFrame:           # an items table
     "The items of a folder, of whatever kind its files are."
     kind, top, files, passed = find_files(root, packed)
@@ -160,10 +170,10 @@ def load_folder(
     if kind == "table":
         items = load_tables(_tables_by_split(top, files), text_column, label_column)
     elif kind == "text":
-        items = load_text_folder(top, files)
+        items = load_text_folder(top, files, labelled)
     else:
-        items = load_media_folder(top, files, kind, name_pattern)
-        tables = [] if name_pattern else [name for name in list_files(root)[0] if table_suffix(name)]
+        items = load_media_folder(top, files, kind, name_pattern, labelled)
+        tables = [] if name_pattern or not labelled else [name for name in list_files(root)[0] if table_suffix(name)]
         items = _with_tables(items, root, tables, MediaIndex(root, top, files), [text_column, label_column]) if tables else items
     source = items.attrs["source"]
     source["files passed over"] = str(passed + int(source.get("files passed over", 0)))
@@ -287,12 +297,13 @@ EMBEDDED: dict[str, Callable[[], pd.DataFrame]] = {
     "docstrings": load_docstrings_items,
 }
 
-# %% ../../nbs/10_data.source.ipynb #b112fd6a
+# %% ../../nbs/10_data.source.ipynb #2bd9bcf6
 def load_items(
     data: str | Path | pd.DataFrame,  # embedded name, hf:NAME, DataFrame, or path of a folder, table, .txt, archive or prepared run
     text_column: str = "",            # of tables: the contents' column; empty = by its name
     label_column: str = "",           # of tables: the labels' column; empty = by its name
     name_pattern: str = "",           # of files: regular expression with groups label, group, split, time, searched for in the name
+    labelled: bool = True,            # of files: look for labels? Otherwise each file is an item, wherever it lies
 ) -> pd.DataFrame:                    # the items table
     "The items of a source. Raises `DataError` that says what is wrong with it and what could be meant."
     if isinstance(data, pd.DataFrame):
@@ -300,6 +311,8 @@ def load_items(
     if not isinstance(data, (str, Path)) or not str(data).strip():
         raise DataError(f"Data must be a name, a path or a DataFrame and not {data!r}; name one of {', '.join(EMBEDDED)} to try things out.")
     if str(data) in EMBEDDED:
+        if os.path.exists(data):
+            raise DataError(f"{data!r} is an embedded data set, and there is a file or folder of this name here; write './{data}' for that, or work in another folder.")
         items = EMBEDDED[str(data)]()
         items.attrs["source"] = {"kind": f"embedded data set {data}"}
         return items
@@ -313,9 +326,9 @@ def load_items(
     if (path / "preparation.json").is_file():
         return open_items(path / "items.arrow")
     if path.is_dir():
-        return load_folder(path, text_column, label_column, name_pattern)
+        return load_folder(path, text_column, label_column, name_pattern, labelled=labelled)
     if archive_stem(path):
-        items = load_folder(expand(path), text_column, label_column, name_pattern, packed=True)
+        items = load_folder(expand(path), text_column, label_column, name_pattern, packed=True, labelled=labelled)
         items.attrs["source"] |= {"archive": path.name}
         return items
     if path.suffix == ".arrow":
@@ -323,7 +336,7 @@ def load_items(
     if table_suffix(path):
         return _load_table_file(path, text_column, label_column)
     if path.suffix.lower() == ".txt":
-        return load_corpus(path.parent, [path.name])
+        return load_corpus(path.parent, [path.name]) if labelled else load_text_folder(path.parent, [path.name], labelled=False)
     raise DataError(f"{path} is not of a kind that can be read; give a folder, a table ({', '.join(TABLE_READERS)}), a .txt or an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
 
 # %% ../../nbs/10_data.source.ipynb #7bb4f8ae
@@ -354,7 +367,7 @@ def _marks(values: pd.Series, item_ids: pd.Series | None) -> Iterator[Any]:
         else:
             yield value
 
-# %% ../../nbs/10_data.source.ipynb #12c7e6e4
+# %% ../../nbs/10_data.source.ipynb #4a181b57
 def keep_frame(
     rows: pd.DataFrame,      # any columns that `load_items` takes
     text_column: str = "",   # column of the contents; empty = by its name
@@ -362,7 +375,7 @@ def keep_frame(
 ) -> str:                    # path of an items table
     "Keep a DataFrame where a report can read it: `run('prepare', {'data': keep_frame(rows)})`."
     items = load_frame(rows, text_column, label_column)
-    path = cache_dir() / "frames" / f"{fingerprint_items(items)}.arrow"
+    path = cache_dir() / "frames" / f"{stable_hash(fingerprint_items(items), items.attrs['source'], items['item_id'].tolist())}.arrow"
     if not path.exists():
         save_items(items, path)
     return str(path)

@@ -66,7 +66,7 @@ def split_items(
         result[free] = _split_by_hash(items[free], shares, test_frac, seed, kind)
     return items.assign(split=result)
 
-# %% ../../nbs/12_data.split.ipynb #104b1669
+# %% ../../nbs/12_data.split.ipynb #e00ca9cd
 def _split_by_hash(items: pd.DataFrame, shares: dict[str, float], test_frac: float, seed: int, problem_type: str) -> np.ndarray:
     "The split of each item, by its group's number, or by filling where that misses a label's share by over half."
     strata = _strata(items, problem_type)
@@ -90,8 +90,10 @@ def _by_strata(assign: Callable[[pd.Series], pd.DataFrame], strata: pd.Series, p
     "What `assign` makes of the strata; of all items as one where ranges of numbers have too few groups."
     try:
         return assign(strata)
-    except DataError:
+    except DataError as error:
         if problem_type != "regression":
+            if strata.nunique() > 20 and pd.to_numeric(strata, errors="coerce").notna().all():
+                raise DataError(f"{error} If the labels are numbers to predict, say so: preprocessing problem_type=regression.") from None
             raise
         return assign(pd.Series("", index=strata.index))
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['new_items', 'Predictor', 'load_predictor']
 
-# %% ../../nbs/70_deploy.predict.ipynb #a2fbc2ef
+# %% ../../nbs/70_deploy.predict.ipynb #939fc03f
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,31 +21,33 @@ from ..core import DataError
 from ..data.columns import apply_columns
 from ..data.encode import Encoder
 from ..data.media import modality_of
-from ..data.source import load_items
+from ..data.source import EMBEDDED, load_items
 from ..eval.predict import READINGS
 from ..model.head import Model
 from ..model.start import find_start
 from ..model.store import load_model
 
-# %% ../../nbs/70_deploy.predict.ipynb #1c633568
+# %% ../../nbs/70_deploy.predict.ipynb #2d846453
 def new_items(
     data: Any,      # a source, as for the parameter `data`; a DataFrame; or a list of texts or of files
     modality: str,  # of the model: 'image', 'audio' or 'text'
 ) -> pd.DataFrame:  # `item_id`, the contents, and further columns where the source has them
     "The items to predict. Raises `DataError` where there are none, or of another modality."
+    if modality == "text" and isinstance(data, str) and data not in EMBEDDED and not data.startswith("hf:") and not os.path.exists(data):
+        raise DataError(f"{data[:60]!r} is neither a path nor an embedded data set; ask about a text with a list, such as [text].")
     if isinstance(data, (str, Path, pd.DataFrame)):
-        items = load_items(data)
+        items = load_items(data, labelled=False)
     else:
-        contents = [str(one) for one in data]
-        names = [f"{number}" for number in range(len(contents))] if modality == "text" else contents
-        items = pd.DataFrame({"item_id": names, modality: contents}).drop_duplicates("item_id")
+        contents = [None if pd.api.types.is_scalar(one) and pd.isna(one) else str(one) for one in data]
+        named = modality != "text" and None not in contents and len(set(contents)) == len(contents)
+        items = pd.DataFrame({"item_id": contents if named else [str(number) for number in range(len(contents))], modality: contents})
     if not len(items):
         raise DataError("There is nothing to predict; give at least one item.")
     if (found := modality_of(items)) != modality:
         raise DataError(f"The model takes {modality} data and these are {found} data; choose another model.")
     return items.drop(columns="label", errors="ignore")
 
-# %% ../../nbs/70_deploy.predict.ipynb #f75b12a7
+# %% ../../nbs/70_deploy.predict.ipynb #9cce9640
 def _answers(ask: Callable[..., np.ndarray], contents: list[Any], names: list[str], columns: list[torch.Tensor]) -> list[np.ndarray | str]:
     "What a model says of each item of a batch, or why it cannot be asked."
     try:
@@ -56,6 +59,23 @@ def _answers(ask: Callable[..., np.ndarray], contents: list[Any], names: list[st
         return [answer for one in ones for answer in _answers(ask, contents[one], names[one], [values[one] for values in columns])]
 
 
+def _refused_columns(items: pd.DataFrame, fitted: Mapping[str, Any]) -> dict[Any, str]:
+    "Why further columns of single items cannot be used, by row. Raises `DataError` where this is so for all."
+    try:
+        apply_columns(items, fitted)
+        return {}
+    except DataError:
+        refused = {}
+    for row in items.index:
+        try:
+            apply_columns(items.loc[[row]], fitted)
+        except DataError as error:
+            refused[row] = str(error)
+    if len(refused) == len(items):
+        raise DataError(next(iter(refused.values())))
+    return refused
+
+
 def _read(predicted: np.ndarray, description: Mapping[str, Any]) -> pd.DataFrame:
     "Scores as a table."
     classes, kind = np.asarray(description["classes"], dtype=object), description.get("problem_type", "single_label")
@@ -65,7 +85,7 @@ def _read(predicted: np.ndarray, description: Mapping[str, Any]) -> pd.DataFrame
         table["confidence"] = predicted.max(axis=1)
     return table.assign(**{f"score_{name}": predicted[:, number] for number, name in enumerate(classes)})
 
-# %% ../../nbs/70_deploy.predict.ipynb #a8ee108d
+# %% ../../nbs/70_deploy.predict.ipynb #fa35665b
 @dataclass(frozen=True)
 class Predictor:
     "A trained model, ready to be asked."
@@ -97,11 +117,14 @@ class Predictor:
         modality = self.like["input_spec"]["modality"]
         asked = new_items(data, modality)
         items = asked.iloc[np.argsort(asked["text"].astype(str).str.len(), kind="stable")] if modality == "text" else asked  # texts of like length are asked together
-        contents, names = items[modality].tolist(), items["item_id"].astype(str).tolist()
         fitted = self.like["preprocessing"].get("columns")
-        columns = [torch.from_numpy(part).to(self.encoder.device) for part in apply_columns(items, fitted)] if fitted else []
-        parts = [slice(start, start + batch_size) for start in range(0, len(items), batch_size)]
-        said = [answer for part in parts for answer in _answers(self.scores, contents[part], names[part], [values[part] for values in columns])]
+        refused = _refused_columns(items, fitted) if fitted else {}
+        whole = items.drop(index=list(refused))
+        contents, names = whole[modality].tolist(), whole["item_id"].astype(str).tolist()
+        columns = [torch.from_numpy(part).to(self.encoder.device) for part in apply_columns(whole, fitted)] if fitted else []
+        parts = [slice(start, start + batch_size) for start in range(0, len(whole), batch_size)]
+        answers = iter([answer for part in parts for answer in _answers(self.scores, contents[part], names[part], [values[part] for values in columns])])
+        said = [refused[row] if row in refused else next(answers) for row in items.index]
         table = pd.DataFrame({"item_id": items["item_id"].to_numpy(), "problem": [answer if isinstance(answer, str) else "" for answer in said]})
         if predicted := [answer for answer in said if not isinstance(answer, str)]:
             found = _read(np.stack(predicted), self.model.description).set_index(np.flatnonzero(table["problem"] == ""))

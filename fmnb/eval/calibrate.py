@@ -169,7 +169,7 @@ def plot_rejection(
              title=f"Right in all: {all_of_them['accuracy']:.1%}, in the surest 80 %: {surest['accuracy']:.1%}")
     return axes
 
-# %% ../../nbs/52_eval.calibrate.ipynb #77301d25
+# %% ../../nbs/52_eval.calibrate.ipynb #6b2d3b67
 def calibration_findings(
     valid: pd.DataFrame,  # the predictions table of the validation split, with scores
     test: pd.DataFrame,   # that of the test split
@@ -183,6 +183,7 @@ def calibration_findings(
     least, mended = class_coverage(test, sets), class_coverage(test, each)
     curve = rejection_curve(test)
     surest = curve.iloc[int(np.ceil(0.8 * len(curve))) - 1]
-    return [f"The expected calibration error is {before['value']:.3f} [{before['low']:.3f}, {before['high']:.3f}]; at the temperature {temperature:.2f}, chosen on the validation split, it is {after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}].",
+    mending = f"at the temperature {temperature:.2f}, chosen on the validation split, it is {after['value']:.3f} [{after['low']:.3f}, {after['high']:.3f}]" if (valid["prediction"] != valid["target"]).any() else "no validation item is wrong, so no temperature could be chosen"
+    return [f"The expected calibration error is {before['value']:.3f} [{before['low']:.3f}, {before['high']:.3f}]; {mending}.",
             f"Sets that shall hold the right class in {coverage:.0%} of the cases do so in {sets['holds'].mean():.1%} [{low:.1%}, {high:.1%}] of the test items, with {sets['size'].mean():.2f} classes in the mean; {(sets['size'] == 1).mean():.0%} of the items have a set of one class. Least covered is {least.index[0]}, in {least.iloc[0]:.0%}; with a threshold for each class no class is below {mended.iloc[0]:.0%}, with {each['size'].mean():.2f} classes in the mean.",
             f"The surest 80 % of the answers are right in {surest['accuracy']:.1%} [{surest['low']:.1%}, {surest['high']:.1%}] of the cases, all of them in {curve['accuracy'].iloc[-1]:.1%}."]

@@ -221,7 +221,7 @@ class DecisionBook:
         said = ", ".join(f"{count:,} {dict(keep='kept', drop='dropped', relabel='relabelled')[kind]}" for kind, count in counts.items())
         return f"{said or 'nothing decided yet'}; kept in {self.file.name}"
 
-# %% ../../nbs/61_explore.browse.ipynb #ac508a02
+# %% ../../nbs/61_explore.browse.ipynb #1912f777
 class Cleaner(Browser):
     "A browser in which a person decides what becomes of the items. Raises `DataError` for a file of decisions that cannot be read."
 
@@ -252,14 +252,14 @@ class Cleaner(Browser):
         picture, decision = slot.children
         self.filling, picture.value = True, drawn_card(self, position)
         decision.options, decision.value = _options(self, position), self.book.of(position)
-        self.filling, self.progress.value = False, str(self.book)
+        self.filling, self.progress.value = False, html.escape(str(self.book))
 
     def decide(self, positions: Iterable[int], decision: str) -> None:
         "Write down what was decided about some items."
         with saying(self.said):
             for position in map(int, positions):
                 self.book.decide(position, decision)
-        self.progress.value = str(self.book)
+        self.progress.value = html.escape(str(self.book))
 
     def static(self) -> str:
         "The page, with what was decided."

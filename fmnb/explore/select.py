@@ -17,7 +17,7 @@ from ..core import RunError, read_json
 from .view import View, row_of
 from ..run.parameters import command_line
 
-# %% ../../nbs/63_explore.select.ipynb #bf4c2878
+# %% ../../nbs/63_explore.select.ipynb #e7b1d7e2
 def _bar(row: pd.Series, low: float) -> str:
     "A score with its interval, on an axis from `low` to 1."
     start, middle, end = (f"{100 * (min(row[name], 1.0) - low) / (1 - low):.1f}%" for name in ("low", "score", "high"))
@@ -39,10 +39,10 @@ def advice_bars(
                  "" if pd.isna(row["seconds"]) else f"{row['seconds']:,.0f} s")
         styles = ("", "", "width: 40%", "")
         lines.append(f'<tr style="font-weight: {"bold" if name == picked else "normal"}">' + "".join(f'<td style="padding: 2px 12px 2px 0; text-align: left; {style}">{cell}</td>' for cell, style in zip(cells, styles)) + "</tr>")
-    heads = "".join(f'<th style="text-align: left; padding-right: 12px">{name}</th>' for name in ("model", f"{score_name} to expect", f"from {low:.2f} to 1", "training"))
+    heads = "".join(f'<th style="text-align: left; padding-right: 12px">{html.escape(name)}</th>' for name in ("model", f"{score_name} to expect", f"from {low:.2f} to 1", "training"))
     return f'<div style="overflow-x: auto"><table style="width: 100%"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
-# %% ../../nbs/63_explore.select.ipynb #b521b06e
+# %% ../../nbs/63_explore.select.ipynb #424e0cce
 class ModelPicker(View):
     "The candidates of a run of the report `select`; `parameters` are those of the one picked, for the report `finetune`. Raises `RunError` where there are none."
 
@@ -54,7 +54,7 @@ class ModelPicker(View):
         rows = found.get("advice") if isinstance(found, dict) else None
         if not rows or not all("parameters" in row for row in rows):
             raise RunError(f"{run} holds no candidates to pick from; give the folder of a run of the report `select`.")
-        self.score_name = found.get("score_name", "macro F1")
+        self.score_name = str(found.get("score_name", "macro F1"))
         self.table = pd.DataFrame(rows).set_index("candidate").astype({name: float for name in ("score", "low", "high", "seconds")})
         self.picked = widgets.Select(options=list(self.table.index), value=self.table.index[0], description="model", rows=min(8, len(rows)), layout=widgets.Layout(width="min(420px, 100%)"))
         most = max(1.0, self.table["seconds"].max() / 60)

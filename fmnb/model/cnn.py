@@ -222,7 +222,7 @@ class PooledCNN(Blocks, nn.Module):
         "Stem, each block."
         return [[self.stem], *([block] for block in self.blocks)]
 
-# %% ../../nbs/20_model.cnn.ipynb #8c9f33b5
+# %% ../../nbs/20_model.cnn.ipynb #6c502055
 class ConvBlock(nn.Module):
     "Residual block on sequences: layer norm, convolution over the tokens, GELU, dropout."
 
@@ -233,6 +233,8 @@ class ConvBlock(nn.Module):
         dropout: float,    # in [0, 1)
     ):
         super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         self.norm = nn.LayerNorm(width)
         self.conv = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2)
         self.dropout = nn.Dropout(dropout)

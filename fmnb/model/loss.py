@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..core import ConfigError, did_you_mean
 
-# %% ../../nbs/20_model.loss.ipynb #44d90220
+# %% ../../nbs/20_model.loss.ipynb #56cc8ee2
 def _shares(outputs: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
     "Targets as smoothed shares (batch, classes), from class numbers (batch,) or shares."
     shares = targets.to(outputs.dtype) if targets.is_floating_point() else F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
@@ -36,6 +36,11 @@ def cross_entropy(
     return -(_shares(outputs, targets, smoothing) * weights * outputs.log_softmax(dim=1)).sum(dim=1).mean()
 
 
+def _least(shares: torch.Tensor) -> torch.Tensor:
+    "Kept above 0, where a power below 1 has no finite slope."
+    return shares.clamp(min=1e-6)
+
+
 def focal(
     outputs: torch.Tensor,         # logits, (batch, classes)
     targets: torch.Tensor,         # class numbers (batch,), int64, or shares (batch, classes)
@@ -45,10 +50,10 @@ def focal(
 ) -> torch.Tensor:                 # a scalar
     "Mean focal loss."
     chances = outputs.log_softmax(dim=1)
-    costs = -_shares(outputs, targets, smoothing) * (1 - chances.exp()) ** gamma * chances
+    costs = -_shares(outputs, targets, smoothing) * _least(-torch.expm1(chances)) ** gamma * chances
     return (costs if weights is None else costs * weights).sum(dim=1).mean()
 
-# %% ../../nbs/20_model.loss.ipynb #df7affbb
+# %% ../../nbs/20_model.loss.ipynb #834ea6af
 def binary_cross_entropy(
     outputs: torch.Tensor,         # logits, (batch, classes)
     targets: torch.Tensor,         # 0 or 1, or shares, (batch, classes), floating point
@@ -69,8 +74,8 @@ def binary_focal(
 ) -> torch.Tensor:                 # a scalar
     "Mean focal loss over items and labels."
     targets = targets * (1 - smoothing) + smoothing / 2
-    yes = -targets * outputs.sigmoid().neg().add(1) ** gamma * F.logsigmoid(outputs)
-    no = -(1 - targets) * outputs.sigmoid() ** gamma * F.logsigmoid(-outputs)
+    yes = -targets * _least(outputs.neg().sigmoid()) ** gamma * F.logsigmoid(outputs)
+    no = -(1 - targets) * _least(outputs.sigmoid()) ** gamma * F.logsigmoid(-outputs)
     return ((yes if weights is None else yes * weights) + no).mean()
 
 # %% ../../nbs/20_model.loss.ipynb #463167b7

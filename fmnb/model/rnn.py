@@ -127,7 +127,7 @@ class WeightDropGRU(WeightDrop, nn.GRU):
 
 CELLS = {"lstm": WeightDropLSTM, "gru": WeightDropGRU}
 
-# %% ../../nbs/21_model.rnn.ipynb #d533d721
+# %% ../../nbs/21_model.rnn.ipynb #fb9bf0b3
 class RecurrentStack(nn.Module):
     "Recurrent layers on top of each other; each direction has its own."
 
@@ -144,6 +144,10 @@ class RecurrentStack(nn.Module):
         norm: bool = False,            # layer norm before each layer
     ):
         super().__init__()
+        if len(sizes) < 2 or directions not in (1, 2):
+            raise ValueError(f"layers must be at least 1 and directions 1 or 2, not {len(sizes) - 1} and {directions}")
+        if not all(0 <= share < 1 for share in (input_dropout, dropout, output_dropout, weight_dropout)):
+            raise ValueError("dropouts must be in [0, 1)")
         self.norms = nn.ModuleList(nn.LayerNorm(size) if norm else nn.Identity() for size in sizes[:-1])
         self.layers = nn.ModuleList(nn.ModuleList(CELLS[cell](inputs, outputs, batch_first=True) for _ in range(directions))
                                     for inputs, outputs in pairwise(sizes))

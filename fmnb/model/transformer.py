@@ -223,7 +223,7 @@ class ImageTransformer(Blocks, nn.Module):
         "Stem, each block, last norm."
         return [[self.stem], *([block] for block in self.blocks), [self.norm]]
 
-# %% ../../nbs/22_model.transformer.ipynb #bdc95906
+# %% ../../nbs/22_model.transformer.ipynb #d810bfab
 class TextTransformer(Blocks, nn.Module):
     "Embedding, Transformer with rotary positions, maximum and mean."
 
@@ -240,6 +240,8 @@ class TextTransformer(Blocks, nn.Module):
         causal: bool = False,  # each token sees itself and earlier ones only
     ):
         super().__init__()
+        if depth < 1:
+            raise ValueError("depth must be at least 1")
         self.vocab_size, self.n_features, self.n_states, self.causal = vocab_size, 2 * width, width, causal
         self.embedding = TokenEmbedding(vocab_size, width, embedding_dropout, scale=2)
         self.dropout = nn.Dropout(dropout)
@@ -264,7 +266,7 @@ class TextTransformer(Blocks, nn.Module):
         "Embedding, each block, last norm."
         return [[self.embedding], *([block] for block in self.blocks), [self.norm]]
 
-# %% ../../nbs/22_model.transformer.ipynb #00daf997
+# %% ../../nbs/22_model.transformer.ipynb #50d0b7c8
 class FrameTransformer(Blocks, nn.Module):
     "A Transformer over the frames of a spectrogram, a frame a token; maximum and mean."
     stride = 1
@@ -281,6 +283,8 @@ class FrameTransformer(Blocks, nn.Module):
         causal: bool = False,   # each frame sees itself and earlier ones only
     ):
         super().__init__()
+        if depth < 1:
+            raise ValueError("depth must be at least 1")
         self.shape, self.n_states, self.n_features, self.causal = (channels, height, width), dim, 2 * dim, causal
         self.embed = nn.Sequential(nn.Linear(channels * width, dim), nn.LayerNorm(dim), nn.GELU(), nn.Linear(dim, dim))
         self.blocks = nn.ModuleList(EncoderBlock(dim, heads, dropout=dropout, depth=depth) for _ in range(depth))

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../../nbs/80_run.cli.ipynb #b2d6503b
+# %% ../../nbs/80_run.cli.ipynb #112b008b
 import argparse
 import sys
 from collections.abc import Sequence
 
 import fmnb
-from ..core import FmnbError
+from ..core import ConfigError, FmnbError
 
-# %% ../../nbs/80_run.cli.ipynb #2b27c7eb
+# %% ../../nbs/80_run.cli.ipynb #35a6de08
 def _run(arguments: argparse.Namespace) -> None:
     "`fmnb run REPORT`: execute it and say where the result lies; with --help, print its parameters."
     from fmnb.run.execute import resume, run
@@ -21,10 +21,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.help:
         print(f"fmnb run {arguments.report} [-f FILE] [-p NAME VALUE ...] [--out DIR] [--overwrite]\n\nparameters:")
         return print(parameter_help(read_parameters(find_report(arguments.report)).values()))
-    if arguments.resume:
-        return _say_where(resume(arguments.resume, cell_minutes=arguments.cell_minutes))
-    values = (read_values(arguments.file) if arguments.file else {}) | dict(arguments.parameter or [])
     variables = {"FMNB_TRACK": arguments.track} if arguments.track else {}
+    if arguments.resume:
+        if arguments.report or arguments.file or arguments.parameter or arguments.out or arguments.overwrite:
+            raise ConfigError("--resume goes on with the parameters that the run was begun with; leave REPORT, -f, -p, --out and --overwrite away.")
+        return _say_where(resume(arguments.resume, cell_minutes=arguments.cell_minutes, variables=variables))
+    values = (read_values(arguments.file) if arguments.file else {}) | dict(arguments.parameter or [])
     _say_where(run(arguments.report, values, arguments.out, arguments.overwrite, cell_minutes=arguments.cell_minutes, variables=variables))
 
 
@@ -58,7 +60,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     print(table.to_string(index=False))
     return int((table["status"] != "finished").any())
 
-# %% ../../nbs/80_run.cli.ipynb #6e590fe2
+# %% ../../nbs/80_run.cli.ipynb #620f8543
 def _diff(arguments: argparse.Namespace) -> None:
     "`fmnb diff A B`: in what two runs differ."
     from fmnb.run.diff import diff_runs
@@ -68,13 +70,14 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     "`fmnb predict RUN DATA`: ask a trained model about new data."
     from fmnb.deploy.predict import load_predictor
-    from fmnb.run.table import export_runs
+    from fmnb.run.table import export_runs, printable
     table = load_predictor(arguments.run)(arguments.data)
     if arguments.out:
         export_runs(table, arguments.out)
         print(f"{len(table):,} predictions are in {arguments.out}.")
     else:
-        print(table[[name for name in table if not name.startswith("score_")]].to_string(index=False, na_rep=""))
+        shown = table[[name for name in table if not name.startswith("score_")]]
+        print(shown.map(lambda value: printable(value) if isinstance(value, str) else value).to_string(index=False, na_rep=""))
 
 
 def _new(arguments: argparse.Namespace) -> None:
@@ -96,7 +99,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from fmnb.run.record import show
     print(show(arguments.run, not arguments.no_browser))
 
-# %% ../../nbs/80_run.cli.ipynb #7ada7be7
+# %% ../../nbs/80_run.cli.ipynb #6b2cf091
 def _add_run(commands: "argparse._SubParsersAction") -> None:
     "The words of `fmnb run`."
     run = commands.add_parser("run", add_help=False, help="execute a report into a run folder, or go on with one")
@@ -117,7 +120,7 @@ def _add_reading(commands: "argparse._SubParsersAction") -> None:
     listing = commands.add_parser("runs", help="list runs and their results")
     listing.add_argument("root", nargs="?", default="runs", metavar="DIR", help="folder to look in, at any depth (default: runs)")
     listing.add_argument("--where", default="", metavar="QUERY", help="""only some, as in --where "family == 'cnn' and accuracy > 0.9" """)
-    listing.add_argument("--sort", default="", metavar="COLUMN", help="by a column, the best first; -COLUMN the other way round")
+    listing.add_argument("--sort", default="", metavar="COLUMN", help="by a column, the best first; --sort=-COLUMN the other way round")
     listing.add_argument("--export", default="", metavar="FILE", help="write the table, as .csv, .parquet or .json")
     listing.set_defaults(call=_runs)
     two = commands.add_parser("diff", help="say in what two runs differ")
@@ -160,14 +163,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="say what is installed, which device, how fast, and what is missing for what").set_defaults(call=_doctor)
     return parser
 
-# %% ../../nbs/80_run.cli.ipynb #8bc5b9c3
+# %% ../../nbs/80_run.cli.ipynb #6bfedd14
 def main(
     arguments: Sequence[str] | None = None,  # words after `fmnb`; None = those of this process
 ) -> int:                                    # exit status: 0 done, 1 done with another outcome, 2 the user's input, 130 Ctrl-C
     "The command `fmnb`. An error that a user can put right is one line on standard error."
     parsed = make_parser().parse_args(arguments)
     running = parsed.call is _run
-    if running and not (parsed.report or parsed.resume):
+    if running and not parsed.report and (parsed.help or not parsed.resume):
         parsed.parser.print_help()
         return 0 if parsed.help else 2
     try:
@@ -176,5 +179,6 @@ def main(
         print(f"fmnb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"fmnb: interrupted{'; the same command goes on from there' * running}", file=sys.stderr)
+        anew = running and (parsed.overwrite or "overwrite" in dict(parsed.parameter or []))
+        print(f"fmnb: interrupted{'; the same command ' * running}{'without overwrite ' * anew}{'goes on from there' * running}", file=sys.stderr)
         return 130

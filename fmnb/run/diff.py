@@ -23,8 +23,8 @@ from ..eval.metrics import HEADLINE, METRICS
 from .record import Run
 from .table import printable
 
-# %% ../../nbs/58_run.diff.ipynb #3fb24a12
-PARTS = ("report", "parameters", "packages", "git", "hardware", "data")  # of config.json
+# %% ../../nbs/58_run.diff.ipynb #0dd87cea
+PARTS = ("report", "parameters", "packages", "code", "git", "hardware", "determinism", "data")  # of config.json
 WRITTEN = {("parameters", "out"), ("parameters", "overwrite")}
 ABSENT = "absent"
 
@@ -38,12 +38,19 @@ def _flat(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, str
         yield name, value if isinstance(value, str) else json.dumps(value)
 
 
+def _with_own(config: Mapping[str, Any]) -> dict[str, Any]:
+    "A config.json with the parameters of the notebook's own among the others."
+    known, asked = config.get("parameters"), config.get("asked")
+    own = asked.get("parameters") if isinstance(asked, dict) else None
+    return dict(config) | ({"parameters": own | known} if isinstance(own, dict) and isinstance(known, dict) else {})
+
+
 def differing_settings(
     first: Mapping[str, Any],   # contents of a config.json
     second: Mapping[str, Any],  # of another
 ) -> pd.DataFrame:              # one row a difference: `part`, `name`, `first`, `second`
-    "What differs in parameters, packages, git state, hardware and data."
-    rows = []
+    "What differs in parameters, packages, code, hardware, flags and data."
+    rows, (first, second) = [], (_with_own(config) for config in (first, second))
     for part in PARTS:
         there, here = (dict(_flat(config[part], part)) if part in config else {} for config in (first, second))
         there, here = ({name: text for name, text in values.items() if (part, name) not in WRITTEN} for values in (there, here))
@@ -167,7 +174,7 @@ def _object(run: Run, name: str) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
-# %% ../../nbs/58_run.diff.ipynb #6707ff37
+# %% ../../nbs/58_run.diff.ipynb #c730b5db
 @dataclass(frozen=True, repr=False)
 class RunDiff:
     "What differs between two runs."
@@ -188,12 +195,13 @@ class RunDiff:
 
     def __repr__(self) -> str:
         parts = [f"first:  {self.first}\nsecond: {self.second}"]
-        parts += [f"{heading}\n{table.to_string(index=False, max_colwidth=60)}" for heading, table in self.tables().items()]
+        parts += [f"{heading}\n{table.to_string(index=False)}" for heading, table in self.tables().items()]
         parts += ["\n".join([f"Cell {change.cell} {change.kind}", *change.lines]) for change in self.cells]
         return "\n\n".join([*parts, *self.notes])
 
     def _repr_html_(self) -> str:
-        parts = [f"<p><strong>{heading}</strong></p>{table.to_html(index=False, border=0)}" for heading, table in self.tables().items()]
+        with pd.option_context("display.max_colwidth", None):
+            parts = [f"<p><strong>{heading}</strong></p>{table.to_html(index=False, border=0)}" for heading, table in self.tables().items()]
         parts += [f"<p><strong>Cell {change.cell} {change.kind}</strong></p><pre>{html.escape(chr(10).join(change.lines))}</pre>" for change in self.cells]
         return "".join([*parts, *(f"<p>{html.escape(note)}</p>" for note in self.notes)])
 

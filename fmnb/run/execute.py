@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Request', 'notebook_hash', 'make_request', 'run', 'resume', 'read_asked', 'working_folder']
 
-# %% ../../nbs/41_run.execute.ipynb #b4b8f9e9
+# %% ../../nbs/41_run.execute.ipynb #ce80649e
 import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..core import RunError, read_json, stable_hash
 from .lock import unlock_folder
 from .page import write_html
 from .parameters import Parameter, check_values, find_report, read_parameters, report_name, report_paths
-from .record import Run, RunWriter, claim_folder, run_folder, run_request
+from .record import Run, RunWriter, claim_folder, run_folder, run_inputs, run_request
 
 # %% ../../nbs/41_run.execute.ipynb #d2e6ef74
 @contextmanager
@@ -35,7 +36,7 @@ def _environment(**variables: str) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-# %% ../../nbs/41_run.execute.ipynb #15509107
+# %% ../../nbs/41_run.execute.ipynb #d9cb887a
 @dataclass(frozen=True)
 class Request:
     "What is to be executed, checked."
@@ -54,7 +55,8 @@ class Request:
     @property
     def hash(self) -> str:
         "What is asked for again can go on."
-        return run_request(self.config, self.report, self.own)
+        place = {} if self.path == report_paths().get(self.report) else {"notebook": str(self.path.resolve())}  # two may have one name
+        return run_request(self.config, self.report, self.own | place)
 
     def values(self) -> dict[str, Any]:
         "What papermill writes into the notebook."
@@ -88,7 +90,7 @@ def make_request(
     checked = {name: own[name] if name in own else getattr(config, name) for name in given if name not in ("out", "overwrite")}
     return Request(path, report_name(path), config, own, checked, declared)
 
-# %% ../../nbs/41_run.execute.ipynb #91fb52a0
+# %% ../../nbs/41_run.execute.ipynb #341f6d0e
 def run(
     report: str | Path,                           # a template's name or a notebook's path
     parameters: Mapping[str, Any] | None = None,  # values by name; the rest keep the report's defaults
@@ -105,7 +107,7 @@ def run(
     if reuse and _is_finished(request):
         return Run(request.folder)
     config = request.config
-    started = claim_folder(request.folder, config.overwrite, (str(request.path), config.data, config.start_from, config.evaluate_on), request.hash)
+    started = claim_folder(request.folder, config.overwrite, (str(request.path), *run_inputs(config)), request.hash)
     try:
         with _interrupt_on_sigterm():
             started.write_asked(request.report, **request.asked())
@@ -122,18 +124,21 @@ def run(
         unlock_folder(started.folder)
     return Run(started.folder)
 
-# %% ../../nbs/41_run.execute.ipynb #1848c278
+# %% ../../nbs/41_run.execute.ipynb #716674ec
 def resume(
     folder: str | Path,     # of a run that has not finished
     progress: bool = True,  # show papermill's progress bar?
     cell_minutes: float = 0.0,  # a cell that takes longer ends the run; 0 = any time
+    variables: Mapping[str, str] | None = None,  # environment variables for the kernel
 ) -> Run:                   # the finished run
-    "Go on with a run that ended early, with the parameters that it was begun with. Raises `RunError` where there is none to go on with."
+    "Go on with a run that ended early, with the parameters that it was begun with; it warns where the notebook has changed since. Raises `RunError` where there is none to go on with."
     asked, folder = read_asked(folder), Path(folder).resolve()
     if Run(folder).status.get("status") == "finished":
         raise RunError(f"Run {folder} has finished; there is nothing left to do. `fmnb rerun` executes it once more.")
     with working_folder(asked["working_folder"]):
-        return run(asked["notebook"], asked["parameters"], folder, progress=progress, cell_minutes=cell_minutes)
+        if notebook_hash(find_report(asked["notebook"])) != asked["source"]:
+            warnings.warn(f"{asked['notebook']} has changed since this run began; what was computed by then is kept. Set overwrite to begin anew.", RuntimeWarning, stacklevel=2)
+        return run(asked["notebook"], asked["parameters"], folder, progress=progress, cell_minutes=cell_minutes, variables=variables)
 
 
 def read_asked(

@@ -175,10 +175,10 @@ def parameter_help(
         entries.append(f"  {parameter.name:<14} {parameter.help}\n{'':17}({parameter.type.__name__}, default {parameter.default!r}{'; ' * bool(allowed)}{allowed})")
     return "\n".join(entries)
 
-# %% ../../nbs/39_run.parameters.ipynb #518c5f1e
+# %% ../../nbs/39_run.parameters.ipynb #f705f59f
 def command_line(
     report: str,                   # a template's name
     parameters: Mapping[str, Any],  # values by name
 ) -> str:
     "The command that runs a report with some parameters, quoted for a shell."
-    return " ".join(["fmnb", "run", report, *(word for name, value in parameters.items() for word in ("-p", name, shlex.quote(str(value))))])
+    return " ".join(["fmnb", "run", report, *(word for name, value in parameters.items() for word in ("-p", shlex.quote(name), shlex.quote(str(value))))])

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MAKEFILE', 'README', 'new_project']
 
-# %% ../../nbs/42_run.project.ipynb #d6e43232
+# %% ../../nbs/42_run.project.ipynb #4c63cafe
 import re
 import shlex
 from pathlib import Path
 
 from ..core import ConfigError, atomic_path
-from .parameters import find_report, read_parameters
+from .parameters import find_report, read_parameters, report_name
 
 # %% ../../nbs/42_run.project.ipynb #6b9f3f87
 MAKEFILE = """# {notebook} is a report: open it in JupyterLab (make lab), or execute it (make run).
@@ -45,7 +45,7 @@ README = """# {title}
 | `make lab` | open JupyterLab |
 """
 
-# %% ../../nbs/42_run.project.ipynb #8fb09320
+# %% ../../nbs/42_run.project.ipynb #df10bd93
 def new_project(
     folder: str | Path,            # made, or empty
     data: str = "digits",          # what the project is about, as for the parameter `data`
@@ -67,9 +67,9 @@ def new_project(
     for other in notebook.cells:
         if other.cell_type == "code":
             other.outputs, other.execution_count = [], None
-    name = f"{report}.ipynb"
-    words = {"notebook": name, "title": folder.name}
-    texts = {name: nbformat.writes(notebook), "Makefile": MAKEFILE.format(data=shlex.quote(data).replace("$", "$$"), **words), "README.md": README.format(data=f"`{data}`", **words), ".gitignore": "runs/\nsweeps/\n.ipynb_checkpoints/\n"}
+    name = f"{report_name(template)}.ipynb"
+    texts = {name: nbformat.writes(notebook), "Makefile": MAKEFILE.format(data=shlex.quote(data).replace("$", "$$"), notebook=shlex.quote(name).replace("$", "$$")),
+             "README.md": README.format(data=f"`{data}`", notebook=name, title=folder.resolve().name), ".gitignore": "runs/\nsweeps/\n.ipynb_checkpoints/\n"}
     for path, text in texts.items():
         with atomic_path(folder / path) as temporary:
             temporary.write_text(text, encoding="utf-8")

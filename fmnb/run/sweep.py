@@ -175,7 +175,7 @@ def read_sweep(
     return {"report": asked["report"], "parameters": asked.get("parameters") or {}, "grid": asked.get("grid") or {}, "seeds": asked.get("seeds", (0,)),
             "out": str(Path("sweeps") / Path(path).stem)}
 
-# %% ../../nbs/43_run.sweep.ipynb #e94973b8
+# %% ../../nbs/43_run.sweep.ipynb #6e50cfff
 def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
     "Execute one run; its error and how long it took, seconds."
     begin, error = time.perf_counter(), None
@@ -186,7 +186,7 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
         except RunError as problem:
             if "Kernel died before replying" not in str(problem):
                 raise
-            run(task["report"], task["parameters"], task["out"], True, progress=False, **settings)  # two had chosen the same port
+            run(task["report"], task["parameters"], task["out"], progress=False, **settings)  # two had chosen the same port; what was kept of an earlier attempt stays
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
     return {"error": error, "seconds": round(time.perf_counter() - begin, 2)}

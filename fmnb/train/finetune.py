@@ -129,7 +129,7 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: 
             config = replace(config, epochs=epochs, recipe=config.recipe + (f", share={share:.3g}" if share < 1 else ""))
     return config, found
 
-# %% ../../nbs/35_train.finetune.ipynb #eb553289
+# %% ../../nbs/35_train.finetune.ipynb #cac9e9d9
 def _fit_stages(learn: StepLearner, stages: list[Stage], kept: KeepWeights, file: Path | None) -> None:
     "Fit what is left of the stages: all, or those after a checkpoint."
     resumed = file is not None and file.exists()
@@ -168,6 +168,8 @@ def _fit(learn: StepLearner, stages: list[Stage], settings: RecipeSettings, file
         learn.state.notes["diverged"] = f"{error} The training was ended there."
     finally:
         learn.model, learn.first_epoch = model, 0
+    if not kept.weights:
+        raise DivergenceError("No step gave a loss that is a number, so there are no weights to keep; lower learning_rate, or look at the items.")
     kept.restore(model)
     n_epochs = len(learn.state.rounds)
     if kept.stopped:

@@ -18,7 +18,7 @@ from ..model.cnn import ResidualBlock
 from ..model.transformer import EncoderBlock, grid_positions
 from .pretext import Objective, heard_frames
 
-# %% ../../nbs/29_train.image.ipynb #3dd5fb7f
+# %% ../../nbs/29_train.image.ipynb #0638d35e
 class Contrastive(Objective):
     "Find the other view of each item among all views of the batch."
     name, modalities, views = "contrastive", ("image", "audio"), 2
@@ -36,7 +36,8 @@ class Contrastive(Objective):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         "Two views of n items, (2 n, channels, height, width), to (2 n, 2)."
         projected = F.normalize(self.projection(self.backbone(inputs)).float(), dim=1)
-        alike = (projected @ projected.T / self.temperature).fill_diagonal_(-torch.inf)
+        with torch.autocast(inputs.device.type, enabled=False):  # similarities in 16 bits would lose what tells the nearest apart
+            alike = (projected @ projected.T / self.temperature).fill_diagonal_(-torch.inf)
         others = torch.arange(len(inputs), device=inputs.device).roll(len(inputs) // 2)
         losses = F.cross_entropy(alike, others, reduction="none")
         return torch.stack([losses, torch.ones_like(losses)], dim=1)

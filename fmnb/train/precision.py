@@ -6,10 +6,11 @@
 __all__ = ['LIGHT', 'WIDE', 'product_seconds', 'recurrent_seconds', 'forward_flops', 'model_seconds', 'recurrent_share',
            'mean_width', 'choose_precision']
 
-# %% ../../nbs/29_train.precision.ipynb #414741ac
+# %% ../../nbs/29_train.precision.ipynb #426dda3c
 import copy
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def recurrent_seconds(
         states.float().sum().backward()
     return _quickest(work, device, repeats)
 
-# %% ../../nbs/29_train.precision.ipynb #86ab726c
+# %% ../../nbs/29_train.precision.ipynb #d7d05cfd
 LIGHT = 2e9  # FLOP of a batch forwards; below it a CPU keeps float32
 
 
@@ -87,7 +88,7 @@ def model_seconds(
         with torch.autocast(device.type, kind, enabled=kind != torch.float32):
             outputs = model(*some)
         outputs.float().sum().backward()
-    with torch.random.fork_rng(devices=[]):  # dropout must not move the training's random numbers
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout must not move the training's random numbers
         return _quickest(work, device, repeats)
 
 # %% ../../nbs/29_train.precision.ipynb #77d5931e
@@ -110,17 +111,20 @@ def mean_width(
     matrices = [weight.flatten(1) for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim > 1]
     return sum(min(matrix.shape) * matrix.numel() for matrix in matrices) / max(1, sum(matrix.numel() for matrix in matrices))
 
-# %% ../../nbs/29_train.precision.ipynb #4a021651
+# %% ../../nbs/29_train.precision.ipynb #c8c04817
 def _seconds(device: torch.device, model: nn.Module | None, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
     "What the choice goes by; float32 alone where another precision is out of the question."
     recurrent = model is not None and recurrent_share(model) > 0.5
-    if device.type == "cpu" and model is not None:
-        measured = bool(inputs) and not recurrent
-        if forward_flops(model, inputs) < LIGHT if measured else mean_width(model) < WIDE:
-            return {"float32": 0.0}
-        if measured:
+    measured = model is not None and bool(inputs) and not recurrent
+    if device.type == "cpu" and model is not None and (forward_flops(model, inputs) < LIGHT if measured else mean_width(model) < WIDE):
+        return {"float32": 0.0}
+    if measured:
+        with suppress(torch.OutOfMemoryError):  # then a product has to tell
             return model_seconds(model, inputs)
-    return (recurrent_seconds if recurrent else product_seconds)(device)
+    if recurrent:
+        seconds = recurrent_seconds(device)
+        return {name: value for name, value in seconds.items() if device.type != "cuda" or name != "bfloat16"}  # cuDNN's recurrent layers compute in float16 then, without its scaled gradients
+    return product_seconds(device, 512 if device.type == "cpu" else 4096)
 
 
 def choose_precision(

@@ -6,7 +6,7 @@
 __all__ = ['RANGES', 'CHOICES', 'PRETRAINING', 'ROUNDS', 'PretrainSettings', 'choose_pretraining', 'RoundHistory',
            'pretrain_history', 'configure', 'set_out', 'pretrain']
 
-# %% ../../nbs/35_train.pretrain.ipynb #e73aec07
+# %% ../../nbs/35_train.pretrain.ipynb #41c25b99
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor, Recorder
 from fastai.torch_core import get_random_states, set_random_states
@@ -25,7 +24,7 @@ from torch import nn
 
 from ..core import ConfigError, did_you_mean
 from .checkpoint import CHECKPOINT, Checkpoints, load_checkpoint, remove_leftovers
-from .learner import WeightAverage, step_seconds
+from .learner import WeightAverage, step_seconds, trial
 from .loop import TrainingState
 from .optimizer import OPTIMIZERS, SCHEDULES, Schedule, optimizer_function, parameter_groups
 from .precision import choose_precision
@@ -143,7 +142,7 @@ def pretrain_history(
     "The history of a pretraining, rounds before an interruption included."
     return pd.DataFrame(learn.state.rounds)
 
-# %% ../../nbs/35_train.pretrain.ipynb #59f09095
+# %% ../../nbs/35_train.pretrain.ipynb #aff1ee00
 ROUNDS = 20  # at most, where the settings do not say how many steps a round has
 
 
@@ -165,13 +164,20 @@ def configure(
         objective=learn.model.describe(), data=source.prepared.fingerprint, rows=len(loader.dataset), seed=loader.seed, batch=loader.bs, stride=loader.dataset.stride)
 
 
+def _quickest_precision(learn: StepLearner) -> str:
+    "The precision that this device trains this model quickest at."
+    device = next(learn.model.parameters()).device
+    with trial(learn):  # augmentation must not move the training's random numbers
+        return choose_precision(device, learn.model, tuple(tensor.to(device) for tensor in learn.dls.train.batch(0)[:1]))
+
+
 def set_out(
     learn: StepLearner,          # configured
     settings: PretrainSettings,
 ) -> None:
     "Begin with the first step: find precision and number of steps."
     loader = learn.dls.train
-    learn.state = TrainingState(precision=settings.precision or choose_precision(next(learn.model.parameters()).device))
+    learn.state = TrainingState(precision=settings.precision or _quickest_precision(learn))
     loader.step, loader.pending_states, total, rounds = 0, None, settings.steps, ROUNDS
     if settings.units:
         total = math.ceil(settings.units / loader.batch_units(loader.batch(0)))

@@ -18,12 +18,13 @@ from torch import nn
 from ..core import DataError, RunError
 from .loop import DivergenceError, LongLearner, TrainingState
 
-# %% ../../nbs/30_train.step.ipynb #1928f220
+# %% ../../nbs/30_train.step.ipynb #e1b8fa54
 def is_memory_error(
     error: BaseException,  # that was caught
 ) -> bool:
     "Did the memory of the device or of the machine not suffice?"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    signs = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine")  # of PyTorch, MPS, cuBLAS and cuDNN
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 # %% ../../nbs/30_train.step.ipynb #4d3dbf31
 class StepLearner(LongLearner):
@@ -93,7 +94,7 @@ def _evaluate(learn: StepLearner, parts: list[Part]) -> None:
         learn.loss = learn.loss_grad.clone()
     learn("after_loss")
 
-# %% ../../nbs/30_train.step.ipynb #c3964cac
+# %% ../../nbs/30_train.step.ipynb #b9d4b460
 def _add_gradients(learn: StepLearner, parts: list[Part]) -> None:
     "Leave the gradient of the batch's mean loss in the parameters, its loss in `learn.loss`, its number of predictions in `learn.count`."
     whole, losses, counts, guess = (learn.xb, learn.yb), [], [], 0.0
@@ -115,6 +116,8 @@ def _add_gradients(learn: StepLearner, parts: list[Part]) -> None:
             learn._with_events(learn._backward, "backward", CancelBackwardException)
     finally:
         learn.xb, learn.yb = whole
+    if len(parts) > 1 and not losses:  # nothing to predict in the whole batch
+        learn.loss = torch.zeros((), device=learn.pred.device)
     if losses:
         learn.count, correction = sum(counts), guess / sum(counts)
         learn.loss = sum(losses) * correction
@@ -161,12 +164,14 @@ def _halve(learn: StepLearner, size: int) -> None:
     learn.state.notes["memory"] = (f"The memory did not suffice for {size} items at once: from step {learn.state.step + 1} on, "
                                       f"at most {half} are computed at once, and a step is still made of the whole batch.")
 
-# %% ../../nbs/30_train.step.ipynb #17d43007
+# %% ../../nbs/30_train.step.ipynb #3b63ed7a
 def _usable(learn: StepLearner) -> bool:
-    "Clip the gradient; say whether it and the loss are numbers. Raises `DivergenceError` when they have not been for `patience` steps."
+    "Clip the gradient; say whether there is one, and it and the loss are numbers. Raises `DivergenceError` when they have not been for `patience` steps."
+    slopes = _gradients(learn)
+    if not slopes:
+        return False
     if learn.scaler:
         learn.scaler.unscale_(learn.opt.opt)
-    slopes = _gradients(learn)
     norm, loss = float(torch.stack(torch._foreach_norm(slopes)).norm()), float(learn.loss)
     good = math.isfinite(norm) and math.isfinite(loss)
     rescaled = learn.scaler is not None and learn.scaler.get_scale() > 1 and math.isfinite(loss)

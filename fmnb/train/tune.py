@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values', 'open_study', 'search', 'ReportEpochs',
-           'trials_table', 'best_values', 'importances', 'plot_search']
+           'trials_table', 'best_values', 'importances', 'plot_search', 'plot_front']
 
-# %% ../../nbs/37_train.tune.ipynb #282c91e0
+# %% ../../nbs/37_train.tune.ipynb #b20925e0
 import os
 import platform
 import statistics
@@ -27,10 +27,11 @@ from matplotlib.figure import Figure
 
 from ..config import Config
 from ..core import ConfigError, RunError, process_lives, stable_hash
+from ..model.candidate import FACTORS, default_widths
 from ..model.library import library
 from .recipe import EXTERNAL, rate_range
 
-# %% ../../nbs/37_train.tune.ipynb #1801d575
+# %% ../../nbs/37_train.tune.ipynb #4d9d1471
 @dataclass(frozen=True)
 class Range:
     "Numbers to choose from."
@@ -48,6 +49,7 @@ def search_space(
     modality: str,        # 'image', 'audio' or 'text'
     backbone: Mapping[str, Any],  # of the model's description: its name and sizes
     problem_type: str = "single_label",  # 'single_label', 'multi_label' or 'regression'
+    cost: bool = False,   # search what makes a training long too, up to `config.epochs`?
 ) -> Space:
     "What is worth searching for a family and a recipe."
     recipe = config.recipe.partition(",")[0].strip()
@@ -63,6 +65,11 @@ def search_space(
         space |= {"recipe.rank": Range(2, 32, log=True, whole=True), "recipe.alpha": Range(4.0, 64.0, log=True)}
     if "dropout" in backbone and backbone["name"] not in EXTERNAL and recipe in ("scratch", "full", "gradual"):
         space["backbone.dropout"] = Range(0.0, 0.5 if config.family == "rnn" else 0.3)
+    if cost and config.epochs > 1:
+        space["epochs"] = Range(max(1, config.epochs // 4), config.epochs, log=True, whole=True)
+    if cost and recipe == "scratch" and backbone["name"] not in EXTERNAL:
+        widths = default_widths(config.family, modality, backbone["name"])
+        space |= {f"backbone.{name}": tuple(int(backbone[name] * factor) for factor in FACTORS) for name in widths}
     return space
 
 # %% ../../nbs/37_train.tune.ipynb #9f8945bd
@@ -221,25 +228,30 @@ class ReportEpochs(Callback):
         if rounds and np.isfinite(rounds[-1]["metric"]):
             self.report(len(rounds), float(rounds[-1]["metric"]))
 
-# %% ../../nbs/37_train.tune.ipynb #8d9b85a7
+# %% ../../nbs/37_train.tune.ipynb #e7c17ab6
 def trials_table(
     study: "optuna.Study",
-) -> pd.DataFrame:  # one row a trial: `trial`, `state`, `score` (of a pruned one, the last reported), `seconds`, a column a setting, `problem`
+) -> pd.DataFrame:  # one row a trial: `trial`, `state`, `score` (of a pruned one, the last reported), `seconds` (where a small cost was searched for: that cost), a column a setting, `problem`
     "All trials in the order in which they were begun."
     rows = []
     for trial in study.get_trials(deepcopy=False):
         last = trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else np.nan
-        rows.append(dict(trial=trial.number, state=trial.state.name.lower(), score=trial.values[0] if trial.values else last, seconds=trial.user_attrs.get("seconds", np.nan))
+        seconds = trial.values[1] if trial.values and len(trial.values) > 1 else trial.user_attrs.get("seconds", np.nan)
+        rows.append(dict(trial=trial.number, state=trial.state.name.lower(), score=trial.values[0] if trial.values else last, seconds=seconds)
                     | trial.params | dict(problem=trial.user_attrs.get("problem", "")))
     return pd.DataFrame(rows)
 
 
 def best_values(
     study: "optuna.Study",
+    within: float = 0.0,  # below the highest score; above 0 the cheapest of these trials is taken
 ) -> tuple[int, dict[str, Any]]:  # number of the trial, its values
-    "The completed trial with the highest score; of equal ones the first."
+    "The completed trial with the highest score, of equal ones the first; or the cheapest that is hardly worse (with a standard error for `within`, the rule of Breiman et al., 1984)."
     from optuna.trial import TrialState
-    best = max(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=lambda trial: (trial.values[0], -trial.number))
+    whole = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best = max(whole, key=lambda trial: (trial.values[0], -trial.number))
+    if within > 0:
+        best = min((trial for trial in whole if trial.values[0] >= best.values[0] - within), key=lambda trial: (trial.values[-1] if len(trial.values) > 1 else trial.user_attrs["seconds"], trial.number))
     return best.number, dict(best.params)
 
 # %% ../../nbs/37_train.tune.ipynb #0a1a037b
@@ -280,6 +292,28 @@ def plot_search(
     for row in panels:
         row[0].set_ylabel(score_name)
     figure.suptitle("Score of each trial by setting (dark: early, bright: late; hollow, at the bottom: ended before its score was known)", fontsize=10)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+# %% ../../nbs/37_train.tune.ipynb #23593200
+def plot_front(
+    table: pd.DataFrame,       # of `trials_table`
+    chosen: int,               # number of the trial that is taken
+    score_name: str = "score",  # for the axis
+) -> Figure:
+    "The score against the seconds of each completed trial, and the front: those that no other beats in both."
+    whole = table[table["state"] == "complete"].sort_values(["seconds", "score"], ascending=[True, False])
+    front = whole[whole["score"] > whole["score"].cummax().shift(fill_value=-np.inf)]
+    figure, panel = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    panel.plot(whole["seconds"], whole["score"], "o", color="0.75", markersize=5, label="trials")
+    panel.plot(front["seconds"], front["score"], "o-", color="C0", drawstyle="steps-post", label="front: none is both shorter and better")
+    for number, colour, words in ((0, "C7", "defaults"), (chosen, "C1", "taken")):
+        row = table[table["trial"] == number].iloc[0]
+        panel.plot(row["seconds"], row["score"], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2, label=words)
+    panel.set(xscale="log", xlabel="training, seconds", ylabel=score_name)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.legend(frameon=False, fontsize=8, loc="lower right")
     sns.despine(figure)
     plt.close(figure)
     return figure
