@@ -6,12 +6,14 @@
 __all__ = ['item_scores', 'Gap', 'score_gap', 'Advice', 'over_fitting', 'too_long', 'under_fitting', 'imbalance', 'label_noise',
            'few_labels', 'advise']
 
-# %% ../../nbs/58_eval.advice.ipynb #5a783c38
+# %% ../../nbs/58_eval.advice.ipynb #d862cda4
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ttest_ind
 
+from .interval import wilson_interval
 from .predict import problem_type_of
 
 # %% ../../nbs/58_eval.advice.ipynb #ce9ee3e5
@@ -28,7 +30,7 @@ def item_scores(
     pairs = [(set(filter(None, there.split("|"))), set(filter(None, said.split("|")))) for there, said in zip(target, prediction)]
     return np.array([len(there & said) / len(there | said) if there | said else 1.0 for there, said in pairs])
 
-# %% ../../nbs/58_eval.advice.ipynb #feec43b4
+# %% ../../nbs/58_eval.advice.ipynb #18a3b4cc
 @dataclass(frozen=True)
 class Gap:
     "How much better training items are predicted than validation items."
@@ -50,12 +52,14 @@ def score_gap(
     train: pd.DataFrame,  # predictions of training items, or of some of them
     valid: pd.DataFrame,  # predictions of the validation split
 ) -> Gap:
-    "The difference of the mean scores, with Welch's interval."
+    "The difference of the mean scores, with an interval of 95 %: Newcombe's (1998) for right or wrong, else Welch's."
     scores = [item_scores(predictions) for predictions in (train, valid)]
     means = [float(score.mean()) for score in scores]
-    half = 1.96 * float(np.sqrt(sum(score.var() / len(score) for score in scores)))
-    difference = means[0] - means[1]
-    return Gap(*means, difference - half, difference + half)
+    if all(np.isin(score, (0, 1)).all() for score in scores):
+        (low, high), (least, most) = (wilson_interval(int(score.sum()), len(score)) for score in scores)
+        difference = means[0] - means[1]
+        return Gap(*means, difference - float(np.hypot(means[0] - low, most - means[1])), difference + float(np.hypot(high - means[0], means[1] - least)))
+    return Gap(*means, *map(float, ttest_ind(*scores, equal_var=False).confidence_interval(0.95)))
 
 # %% ../../nbs/58_eval.advice.ipynb #cbd9dc8b
 @dataclass(frozen=True)

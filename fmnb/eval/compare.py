@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'FAMILY_NAMES', 'IN_WORDS', 'format_metric', 'comparison_table', 'compare', 'verdict', 'comparison_findings',
            'plot_histories', 'plot_confusions', 'hardest_items', 'error_captions']
 
-# %% ../../nbs/53_eval.compare.ipynb #e46cdabb
+# %% ../../nbs/53_eval.compare.ipynb #11dde8b3
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..core import DataError
-from .difference import Difference, holm, paired_difference
+from .difference import Difference, all_differences, paired_difference
 from .errors import plot_errors
 from .metrics import HEADLINE, MAIN_METRIC, METRICS, measure
 from .predict import classes_of, label_matrix, problem_type_of
@@ -47,17 +47,16 @@ def comparison_table(
         for model, metrics in results.items()}
     return pd.DataFrame(columns, index=[*(METRICS[name] for name in shown), *COSTS.values()])
 
-# %% ../../nbs/53_eval.compare.ipynb #a7610507
+# %% ../../nbs/53_eval.compare.ipynb #cb08fc25
 def compare(
     predictions: Mapping[str, pd.DataFrame],  # predictions tables of one split, by model; at least two
 ) -> list[Difference]:                        # the best model against each other one, the closest first
-    "Compare the best model, by the main metric of the problem type, with each other one, correcting for their number."
+    "Compare the best model, by the main metric of the problem type, with each other one, correcting for all pairs."
     if len(predictions) < 2:
         raise DataError(f"A comparison needs at least two models, not {len(predictions)}.")
     score = {name: measure(table, resamples=2)[MAIN_METRIC[problem_type_of(table)]]["value"] for name, table in predictions.items()}
-    best = max(score, key=score.get)
-    differences = holm([paired_difference(predictions[best], table, (best, name)) for name, table in predictions.items() if name != best])
-    return sorted(differences, key=lambda difference: difference.value)
+    order = sorted(score, key=lambda name: -score[name])
+    return sorted((one for pair, one in all_differences(predictions, order).items() if pair[0] == order[0]), key=lambda one: one.value)
 
 # %% ../../nbs/53_eval.compare.ipynb #aa29de16
 FAMILY_NAMES = {"cnn": "CNN", "rnn": "RNN", "transformer": "Transformer"}
@@ -112,14 +111,14 @@ def comparison_findings(
     sentences.append(f"{(wrong == len(predictions)).sum()} of {len(baseline):,} test items are {what} in every model, {(wrong > 0).sum()} in at least one.")
     return sentences
 
-# %% ../../nbs/53_eval.compare.ipynb #58627607
+# %% ../../nbs/53_eval.compare.ipynb #c25c09f9
 def plot_histories(
     histories: Mapping[str, pd.DataFrame],  # by model: `epoch`, `train_loss`, `valid_loss`, and `accuracy` or `metric`
 ) -> Figure:
     "Learning curves of all models: losses and validation accuracy, or another score, over the epochs."
     accuracy = all("accuracy" in history and history["accuracy"].notna().any() for history in histories.values())
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    colours = dict(zip(histories, sns.color_palette("colorblind")))
+    colours = dict(zip(histories, sns.color_palette("colorblind", len(histories))))
     for name, history in histories.items():
         label = FAMILY_NAMES.get(name, name)
         axes[0].plot(history["epoch"], history["train_loss"], ".--", color=colours[name], linewidth=1)

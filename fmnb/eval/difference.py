@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_same_items', 'Difference', 'ClassDraws', 'ItemDraws', 'mcnemar_test', 'items_needed', 'paired_difference',
-           'holm', 'ranking', 'seed_score', 'seed_difference']
+           'holm', 'all_differences', 'ranking', 'seed_score', 'seed_difference']
 
-# %% ../../nbs/52_eval.difference.ipynb #1f658d9a
+# %% ../../nbs/52_eval.difference.ipynb #a007a110
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -112,7 +113,7 @@ class ItemDraws:
         stay = rng.random((n, self.n_items)) < 0.5
         return self._difference(np.hstack([stay, ~stay]), np.hstack([~stay, stay]))
 
-# %% ../../nbs/52_eval.difference.ipynb #835609e8
+# %% ../../nbs/52_eval.difference.ipynb #e8b5ce17
 def _in_parts(draw: Callable[[int, np.random.Generator], np.ndarray], n: int, size: int, rng: np.random.Generator) -> np.ndarray:
     "`n` draws, a few million numbers at a time."
     step = max(1, 2**22 // size)
@@ -136,10 +137,12 @@ def items_needed(
     n_items: int,   # with so many items
     level: float = 0.95,  # of the test, in (0, 1)
     power: float = 0.8,   # chance to tell them apart, in (0, 1)
-) -> float:         # infinite without a difference
+    fixed: float = 0.0,   # variance that items have no part in, such as that of seeds
+) -> float:         # infinite without a difference, and where no number of items would do
     "How many test items would tell a difference apart."
     from scipy.special import ndtri
-    return float(np.ceil(n_items * ((ndtri((1 + level) / 2) + ndtri(power)) * error / value) ** 2)) if value else np.inf
+    room = (value / (ndtri((1 + level) / 2) + ndtri(power))) ** 2 - fixed  # variance that the items may leave
+    return float(np.ceil(n_items * error**2 / room)) if room > 0 else np.inf
 
 # %% ../../nbs/52_eval.difference.ipynb #b13475ba
 def paired_difference(
@@ -164,12 +167,26 @@ def paired_difference(
     return Difference(*names, value, *bca_interval(value, resampled, level=level), (1 + permuted.sum()) / (1 + resamples),
                       1.0 if kind == "regression" else mcnemar_test(*tables), metric, items_needed(value, resampled.std(), len(first), level), 1 - level)
 
-# %% ../../nbs/52_eval.difference.ipynb #9386da1b
+# %% ../../nbs/52_eval.difference.ipynb #a742721f
 def holm(
     differences: Sequence[Difference],  # each tested by itself
 ) -> list[Difference]:                  # in the same order
-    "Correct the p-values for their number."
-    return [replace(difference, p_value=float(p_value)) for difference, p_value in zip(differences, holm_p_values([difference.p_value for difference in differences]))]
+    "Correct the p-values for their number, and the numbers of items needed for the level at which each is tested."
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+    p_values = [difference.p_value for difference in differences]
+    tests = 1 + len(p_values) - rankdata(p_values, method="ordinal")  # by which Holm multiplies each
+    harder = [((ndtri(1 - one.alpha / (2 * n)) + ndtri(0.8)) / (ndtri(1 - one.alpha / 2) + ndtri(0.8))) ** 2 for one, n in zip(differences, tests)]
+    return [replace(one, p_value=float(p_value), n_needed=float(np.ceil(one.n_needed * factor))) for one, p_value, factor in zip(differences, holm_p_values(p_values), harder)]
+
+
+def all_differences(
+    predictions: Mapping[str, pd.DataFrame],  # predictions tables of one split, by model
+    order: Sequence[str],                     # the models, the best first
+) -> dict[tuple[str, str], Difference]:       # each model against each later one
+    "All pairs of models, corrected for their number: also where only those with the best one are read, since the best was found by the same items."
+    pairs = list(combinations(order, 2))
+    return dict(zip(pairs, holm([paired_difference(predictions[first], predictions[second], (first, second)) for first, second in pairs])))
 
 
 def ranking(
@@ -179,14 +196,14 @@ def ranking(
     metric = MAIN_METRIC[problem_type_of(next(iter(predictions.values())))]
     scores = {name: measure(table)[metric] for name, table in predictions.items()}
     order = sorted(scores, key=lambda name: -scores[name]["value"])
-    pairs = [(first, second) for place, first in enumerate(order) for second in order[place + 1:]]
-    tested = dict(zip(pairs, holm([paired_difference(predictions[first], predictions[second], (first, second)) for first, second in pairs])))
+    tested = all_differences(predictions, order)
     close = {name: [other for other in order if other != name and not tested.get((name, other), tested.get((other, name))).told_apart] for name in order}
-    rows = [{"model": name, "rank": 1 + sum(other not in close[name] for other in order[:place]), metric: scores[name]["value"], "low": scores[name]["low"], "high": scores[name]["high"],
+    ranks = np.maximum.accumulate([1 + sum(other not in close[name] for other in order[:place]) for place, name in enumerate(order)])
+    rows = [{"model": name, "rank": int(ranks[place]), metric: scores[name]["value"], "low": scores[name]["low"], "high": scores[name]["high"],
              "cannot be told apart from": ", ".join(close[name]), "items needed": tested[name, order[place + 1]].n_needed if place + 1 < len(order) else np.nan} for place, name in enumerate(order)]
     return pd.DataFrame(rows).set_index("model")
 
-# %% ../../nbs/52_eval.difference.ipynb #fc612455
+# %% ../../nbs/52_eval.difference.ipynb #65b73c1a
 def _seed_scores(tables: Sequence[pd.DataFrame], weights: np.ndarray, metric: str) -> np.ndarray:
     "The metric of each seed's table with the items counted `weights` times, (seeds, draws)."
     from scipy.sparse import csr_matrix
@@ -210,14 +227,15 @@ def _drawn_seeds(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mean + (chosen - mean) * np.sqrt(n_seeds / max(1, n_seeds - 1))
 
 
-def _mean_draws(parts: Sequence[Sequence[pd.DataFrame]], metric: str, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    "The metric averaged over seeds of each model (models,), and its resamples (models, resamples): the same items for all, seeds for each its own."
+def _mean_draws(parts: Sequence[Sequence[pd.DataFrame]], metric: str, resamples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "The metric averaged over seeds of each model (models,), and its resamples (models, resamples): the same items for all, seeds for each its own; and of items alone."
     n_items, rng = len(parts[0][0]), np.random.default_rng(derive_seed(0, "seeds"))
     values = np.array([_seed_scores(part, np.ones((1, n_items)), metric).mean() for part in parts])
-    drawn = [[_drawn_seeds(_seed_scores(part, weights, metric), rng) for part in parts] for weights in bootstrap_weights(n_items, resamples)]
-    return values, np.concatenate([np.stack(part) for part in drawn], axis=1)
+    scores = [[_seed_scores(part, weights, metric) for part in parts] for weights in bootstrap_weights(n_items, resamples)]
+    drawn, of_items = (np.concatenate([np.stack([draw(found) for found in row]) for row in scores], axis=1) for draw in (lambda found: _drawn_seeds(found, rng), lambda found: found.mean(axis=0)))
+    return values, drawn, of_items
 
-# %% ../../nbs/52_eval.difference.ipynb #8811e085
+# %% ../../nbs/52_eval.difference.ipynb #962e82bb
 def seed_score(
     tables: Sequence[pd.DataFrame],  # predictions tables of one model's seeds, of the same items
     level: float = 0.95,             # coverage, in (0, 1)
@@ -227,26 +245,26 @@ def seed_score(
     tables = [table.sort_values("item_id", ignore_index=True) for table in tables]
     check_same_items({f"run {number}": table for number, table in enumerate(tables, 1)})
     metric = MAIN_METRIC[problem_type_of(tables[0])]
-    (value,), (drawn,) = _mean_draws([tables], metric, resamples)
+    (value,), (drawn,), _ = _mean_draws([tables], metric, resamples)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     single = _seed_scores(tables, np.ones((1, len(tables[0]))), metric)[:, 0]
     return {"value": float(value), "low": float(low), "high": min(1.0, float(high)), "deviation": float(single.std(ddof=1)) if len(single) > 1 else np.nan}
 
-# %% ../../nbs/52_eval.difference.ipynb #41807644
+# %% ../../nbs/52_eval.difference.ipynb #767176b5
 def seed_difference(
     first: Sequence[pd.DataFrame],   # predictions tables of one model's seeds
     second: Sequence[pd.DataFrame],  # predictions tables of the other's, of the same items
     names: tuple[str, str] = ("first", "second"),  # what to call them
     level: float = 0.95,             # coverage, in (0, 1)
     resamples: int = 4000,           # bootstrap resamples
-) -> Difference:                     # its p-value is the share of resamples on the other side of 0, doubled
+) -> Difference:                     # its p-value is the share of resamples on the other side of 0, doubled; its number of items is infinite where only more seeds would help
     "The difference of the main metric, averaged over seeds, with seeds and items as sources of chance. Raises `DataError` for different items."
     tables = [[table.sort_values("item_id", ignore_index=True) for table in part] for part in (first, second)]
     check_same_items({f"{name}, run {number}": table for name, part in zip(names, tables) for number, table in enumerate(part, 1)})
     metric = MAIN_METRIC[problem_type_of(tables[0][0])]
-    values, drawn = _mean_draws(tables, metric, resamples)
-    value, drawn = float(values[0] - values[1]), drawn[0] - drawn[1]
+    values, drawn, of_items = _mean_draws(tables, metric, resamples)
+    value, drawn, by_items = float(values[0] - values[1]), drawn[0] - drawn[1], float((of_items[0] - of_items[1]).std())
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     other = min((drawn <= 0).mean(), (drawn >= 0).mean())
     return Difference(*names, value, float(low), float(high), float(min(1.0, 2 * other + 1 / resamples)), metric=metric,
-                      n_needed=items_needed(value, float(drawn.std()), len(tables[0][0]), level), alpha=1 - level)
+                      n_needed=items_needed(value, by_items, len(tables[0][0]), level, fixed=max(0.0, float(drawn.var()) - by_items**2)), alpha=1 - level)

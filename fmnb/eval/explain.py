@@ -18,7 +18,25 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/52_eval.explain.ipynb #8683d3d0
+# %% ../../nbs/52_eval.explain.ipynb #8ca4de6a
+def _attribute(model: nn.Module, inputs: torch.Tensor, hidden_token: int, steps: int, method: type) -> tuple[torch.Tensor, ...]:
+    "Logits of the inputs and of inputs that say nothing, the predicted classes, and what each part contributes."
+    is_text = not inputs.is_floating_point()
+    with torch.no_grad():
+        chosen = (outputs := model(inputs)).argmax(dim=1)
+        baseline = torch.where(inputs != 0, hidden_token, 0) if is_text else torch.zeros_like(inputs)
+    asked = dict(target=chosen, n_steps=steps, internal_batch_size=len(inputs))
+    if not is_text:
+        return outputs, model(baseline), chosen, method(model).attribute(inputs, baseline, **asked).sum(dim=1)
+    embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    with torch.no_grad():
+        vectors = embedding(baseline)
+        hook = embedding.register_forward_hook(lambda module, given, found: vectors)
+        emptied = model(inputs)
+        hook.remove()
+    return outputs, emptied, chosen, method(model, embedding).attribute(inputs, baseline, **asked).sum(dim=-1)
+
+
 def attributions(
     model: nn.Module,             # (batch, ...) to (batch, outputs); left as it is
     inputs: torch.Tensor,         # images or spectrograms (batch, channels, height, width), normalised, or token ids (batch, length)
@@ -32,25 +50,15 @@ def attributions(
         raise ConfigError("Explanations need captum, which is not installed; install fmnb[explain].") from None
     training, is_text = model.training, not inputs.is_floating_point()
     model.eval()
-    with torch.no_grad():
-        chosen = (outputs := model(inputs)).argmax(dim=1)
-        baseline = torch.where(inputs != 0, hidden_token, 0) if is_text else torch.zeros_like(inputs)
-    if is_text:
-        embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
-        with torch.no_grad():
-            vectors = embedding(baseline)
-            hook = embedding.register_forward_hook(lambda module, given, found: vectors)
-            emptied = model(inputs)
-            hook.remove()
-        shares = LayerIntegratedGradients(model, embedding).attribute(inputs, baseline, target=chosen, n_steps=steps, internal_batch_size=len(inputs)).sum(dim=-1)
-    else:
-        emptied = model(baseline)
-        shares = IntegratedGradients(model).attribute(inputs, baseline, target=chosen, n_steps=steps, internal_batch_size=len(inputs)).sum(dim=1)
-    model.train(training)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):  # whose recurrent layers have no gradients in evaluation
+            outputs, emptied, chosen, shares = _attribute(model, inputs, hidden_token, steps, LayerIntegratedGradients if is_text else IntegratedGradients)
+    finally:
+        model.train(training)
     gained = (outputs - emptied).gather(1, chosen[:, None])[:, 0]
     return shares.detach().cpu().numpy(), gained.detach().cpu().numpy()
 
-# %% ../../nbs/52_eval.explain.ipynb #413e7f7c
+# %% ../../nbs/52_eval.explain.ipynb #ab1647b4
 def plot_attributions(
     images: np.ndarray,        # (items, height, width) or (items, height, width, channels), as a person would look at them
     shares: np.ndarray,        # of `attributions`, (items, height, width)

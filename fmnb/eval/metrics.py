@@ -19,7 +19,7 @@ from .interval import acceleration, area_interval, bca_interval, bootstrap_confu
 from .predict import classes_of, label_matrix, problem_type_of
 from .score import areas_of_scores, item_scores, metrics_of_confusions, metrics_of_labels, metrics_of_numbers
 
-# %% ../../nbs/51_eval.metrics.ipynb #ede48add
+# %% ../../nbs/51_eval.metrics.ipynb #4fb3ff1c
 def check_predictions(
     predictions: pd.DataFrame,  # the predictions table of one split
 ) -> None:
@@ -29,7 +29,11 @@ def check_predictions(
     scores = predictions.filter(regex="^score_").to_numpy(dtype=float)
     if not scores.shape[1]:
         return
-    one_each = predictions[["target", "prediction"]].isin(classes_of(predictions)).all(axis=None)
+    known = {"", *classes_of(predictions)}
+    unknown = [label for label in predictions["target"].astype(str).unique() if label not in known and not known.issuperset(label.split("|"))]
+    if unknown:
+        raise DataError(f"{predictions['target'].isin(unknown).sum():,} of {len(predictions):,} items have a label without a score, such as {unknown[0]!r}; predict with a model that knows it, or leave them out.")
+    one_each = predictions[["target", "prediction"]].isin(known).all(axis=None)
     sums, named = scores.sum(axis=1), scores.max(axis=1, initial=0)
     mistaken = one_each and (named <= 0.5).any()  # of several labels, none would be said
     for odd, what in ((~np.isfinite(scores).all(axis=1), "a score that is no number"), (((scores < -1e-6) | (scores > 1 + 1e-6)).any(axis=1), "a score outside of [0, 1]"),

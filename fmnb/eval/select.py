@@ -6,7 +6,7 @@
 __all__ = ['GROWTH', 'over_limits', 'part_sizes', 'part_epochs', 'part_rounds', 'part_batch', 'Fit', 'Climb', 'climb',
            'advice_table', 'advise_choice']
 
-# %% ../../nbs/57_eval.select.ipynb #57a0560b
+# %% ../../nbs/57_eval.select.ipynb #1960c84e
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ class Climb:
         "Score, low and high to be expected of a candidate on all the data: measured there, or foretold."
         return self.curve(name).forecast(self.n_items, level, self.fits[name][-1].n_scored)
 
-# %% ../../nbs/57_eval.select.ipynb #f525db1a
+# %% ../../nbs/57_eval.select.ipynb #3029c692
 def climb(
     names: Sequence[str],                  # the candidates, the most promising first
     fit: Callable[[str, int], Fit],        # trains a candidate on so many items
@@ -139,7 +139,7 @@ def climb(
         found.fits = {name: fits for name, fits in found.fits.items() if fits and name not in found.problems}
         if not found.fits:
             raise DataError(f"All candidates failed; the first one, {names[0]}, {found.problems.get(names[0], 'was not reached').removeprefix('it ')}.")
-        alive = _promising([name for name in alive if name in found.fits], found)
+        alive = _promising([name for name in alive if name in found.fits] or list(found.fits), found)  # where all of a rung fail, those of the one before
         if len(alive) < 2 and rung + 1 < len(sizes) and len(found.fits) > 1:
             found.ended = f"One candidate was left after {size:,} items"
             break
@@ -161,31 +161,32 @@ def _promising(names: list[str], found: Climb) -> list[str]:
     best = max(score for score, _, _ in expected.values())
     return sorted((name for name in names if expected[name][2] >= best), key=lambda name: -expected[name][0])
 
-# %% ../../nbs/57_eval.select.ipynb #81ed9f62
+# %% ../../nbs/57_eval.select.ipynb #a321f67a
 def advice_table(
     found: Climb,                    # of `climb`
     seconds: Mapping[str, float],    # of the whole training, by name
     left_out: Mapping[str, str] | None = None,  # reason by name, of those that were not trained
 ) -> pd.DataFrame:  # index `candidate`: `score`, `low`, `high` (to be expected of all the data), `trained_on` (items), `seconds`, `separable` (is it told apart from the first?), `reason`
-    "All candidates, the best expectation first; those that were left out last."
+    "All candidates by the lower end of their bands, what can be counted on; those that were left out last."
     problems = {name: "the time was up before it was trained" for name in seconds if name not in found.fits} | found.problems | dict(left_out or {})
     rows = {name: (*found.expected(name), found.fits[name][-1].n_items) for name in found.fits} | {name: (np.nan,) * 3 + (0,) for name in problems}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["score", "low", "high", "trained_on"]).sort_values(["score", "trained_on"], ascending=False, kind="stable")
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["score", "low", "high", "trained_on"]).sort_values(["low", "trained_on"], ascending=False, kind="stable")
     table["seconds"] = [seconds.get(name, np.nan) for name in table.index]
     first = table.iloc[0]
     table["separable"] = first["score"] - table["score"] > np.hypot(first["score"] - first["low"], table["high"] - table["score"])
     table["reason"] = [f"Left out: {problems[name]}." if name in problems else _reason(name, row, table[table["score"].notna()]) for name, row in table.iterrows()]
     return table.rename_axis("candidate")
 
-# %% ../../nbs/57_eval.select.ipynb #248b2284
+# %% ../../nbs/57_eval.select.ipynb #8d523aa5
 def _reason(name: str, row: pd.Series, table: pd.DataFrame) -> str:
     "One sentence about a candidate that was trained."
     first = table.index[0]
     level = table[~table["separable"]]
     if name == first:
         others = f"{len(level) - 1} other{'s' if len(level) > 2 else ''}"
-        return "The best, and told apart from all others." if len(level) == 1 else f"The best expectation; not separable within this budget from {others}."
-    behind = f"{100 * (table.loc[first, 'score'] - row['score']):.1f} points behind"
+        return "The best, and told apart from all others." if len(level) == 1 else f"The most to count on; not separable within this budget from {others}."
+    gap = 100 * (table.loc[first, "score"] - row["score"])
+    behind = f"{gap:.1f} points behind" if gap >= 0 else f"{-gap:.1f} points more to expect, and less to count on"
     if row["separable"]:
         return f"{behind}."
     share = row["seconds"] / table.loc[first, "seconds"]

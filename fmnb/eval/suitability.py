@@ -15,7 +15,7 @@ from ..core import DataError
 from .features import linear_probe, nearest
 from .interval import wilson_interval
 
-# %% ../../nbs/53_eval.suitability.ipynb #1deb10ca
+# %% ../../nbs/53_eval.suitability.ipynb #9d0a13a9
 def logme(
     features: np.ndarray,  # (items, size)
     targets: np.ndarray,   # class numbers, (items,)
@@ -26,7 +26,7 @@ def logme(
         raise DataError("LogME needs labels of at least two classes, one for each row of features.")
     rows = rows - rows.mean(axis=0)
     left, singular, _ = np.linalg.svd(rows, full_matrices=False)
-    return float(np.mean([_evidence(left.T @ (wanted := (targets == number).astype(float)), singular**2, wanted @ wanted, *rows.shape) for number in classes]))
+    return float(np.mean([_evidence(left.T @ (wanted := (targets == number) - np.mean(targets == number)), singular**2, wanted @ wanted, *rows.shape) for number in classes]))
 
 
 def _evidence(projected: np.ndarray, eigenvalues: np.ndarray, length: float, n_items: int, size: int) -> float:
