@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED', 'MediaIndex', 'load_folder', 'load_frame', 'load_hub', 'save_items', 'open_items', 'load_items',
            'fingerprint_items', 'keep_frame']
 
-# %% ../../nbs/10_data.source.ipynb #d38ce265
+# %% ../../nbs/10_data.source.ipynb #5e9b7df2
 import hashlib
 import json
 import os
@@ -14,6 +14,7 @@ import socket
 import unicodedata
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,7 @@ EMBEDDED: dict[str, Callable[[], pd.DataFrame]] = {
     "docstrings": load_docstrings_items,
 }
 
-# %% ../../nbs/10_data.source.ipynb #2bd9bcf6
+# %% ../../nbs/10_data.source.ipynb #e8e76b8d
 def load_items(
     data: str | Path | pd.DataFrame,  # embedded name, hf:NAME, DataFrame, or path of a folder, table, .txt, archive or prepared run
     text_column: str = "",            # of tables: the contents' column; empty = by its name
@@ -312,7 +313,7 @@ def load_items(
         raise DataError(f"Data must be a name, a path or a DataFrame and not {data!r}; name one of {', '.join(EMBEDDED)} to try things out.")
     if str(data) in EMBEDDED:
         if os.path.exists(data):
-            raise DataError(f"{data!r} is an embedded data set, and there is a file or folder of this name here; write './{data}' for that, or work in another folder.")
+            warnings.warn(f"{data!r} is read as the embedded data set, though a file or folder of this name is here; write './{data}' for that.", stacklevel=2)
         items = EMBEDDED[str(data)]()
         items.attrs["source"] = {"kind": f"embedded data set {data}"}
         return items

@@ -124,7 +124,7 @@ def plot_range_test(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/31_train.learner.ipynb #81708b7e
+# %% ../../nbs/31_train.learner.ipynb #6042537a
 def step_seconds(
     learn: StepLearner,  # left as it is
     steps: int = 12,     # timed after two that are not
@@ -137,6 +137,22 @@ def step_seconds(
     return float(step), validation_seconds(learn)
 
 
+class _StepClock(Callback):
+    "Note when each step ends, and stop after `steps`."
+
+    def __init__(self, steps: int):
+        self.steps, self.times = steps, []
+
+    def before_fit(self):
+        self.begin = time.perf_counter()
+
+    def after_batch(self):
+        if self.training:
+            self.times.append(time.perf_counter())
+            if len(self.times) >= self.steps:
+                raise CancelFitException
+
+# %% ../../nbs/31_train.learner.ipynb #15a75bd5
 class NoValidation(Callback):
     "Leave out the validation between the epochs."
     order = -100
@@ -162,22 +178,6 @@ def validation_seconds(
         begin = time.perf_counter()
         probe.validate(dl=some)
     return (time.perf_counter() - begin) * len(loader) / max(1, len(some))
-
-
-class _StepClock(Callback):
-    "Note when each step ends, and stop after `steps`."
-
-    def __init__(self, steps: int):
-        self.steps, self.times = steps, []
-
-    def before_fit(self):
-        self.begin = time.perf_counter()
-
-    def after_batch(self):
-        if self.training:
-            self.times.append(time.perf_counter())
-            if len(self.times) >= self.steps:
-                raise CancelFitException
 
 # %% ../../nbs/31_train.learner.ipynb #3ee175c1
 def epochs_within(

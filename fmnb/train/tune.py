@@ -6,7 +6,7 @@
 __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values', 'open_study', 'search', 'ReportEpochs',
            'trials_table', 'best_values', 'importances', 'plot_search', 'plot_front']
 
-# %% ../../nbs/37_train.tune.ipynb #b20925e0
+# %% ../../nbs/37_train.tune.ipynb #e5d0da6f
 import os
 import platform
 import statistics
@@ -24,6 +24,7 @@ import seaborn as sns
 from fastai.callback.core import Callback
 from filelock import FileLock
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ..config import Config
 from ..core import ConfigError, RunError, process_lives, stable_hash
@@ -296,7 +297,7 @@ def plot_search(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/37_train.tune.ipynb #23593200
+# %% ../../nbs/37_train.tune.ipynb #7a384e82
 def plot_front(
     table: pd.DataFrame,       # of `trials_table`
     chosen: int,               # number of the trial that is taken
@@ -312,7 +313,9 @@ def plot_front(
         row = table[table["trial"] == number].iloc[0]
         panel.plot(row["seconds"], row["score"], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2, label=words)
     panel.set(xscale="log", xlabel="training, seconds", ylabel=score_name)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
     panel.legend(frameon=False, fontsize=8, loc="lower right")
     sns.despine(figure)
     plt.close(figure)
