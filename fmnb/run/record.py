@@ -225,7 +225,7 @@ def is_interrupted(
     here = status.get("host", platform.node()) == platform.node()
     return status["status"] == "interrupted" or (status["status"] == "running" and here and not process_lives(status["process"]))
 
-# %% ../../nbs/40_run.record.ipynb #437d4edb
+# %% ../../nbs/40_run.record.ipynb #ac721e54
 KERNEL_SECONDS = 20.0  # a kernel looks once a second whether its parent lives
 
 
@@ -235,7 +235,7 @@ def run_inputs(
     "What a run may read: data, decisions, weights and other runs."
     return [name.strip() for value in (config.data, config.decisions, config.evaluate_on, *config.start_from.split(","), *config.runs.split(",")) if (name := value.strip())]
 
-
+# %% ../../nbs/40_run.record.ipynb #a0f39ec8
 def _refuse_unsafe(folder: Path, needed: Iterable[str]) -> None:
     "Raise `RunError` where the folder holds what the run will read, or something else than a run."
     for path in filter(None, needed):

@@ -105,7 +105,7 @@ def same_results(
         return False, "The run leaves nothing that could be compared."
     return not odd, f"{len(odd)} of {len(made[0])} files differ, for example {odd[0]}." if odd else f"All {len(made[0])} files are identical."
 
-# %% ../../nbs/59_run.rerun.ipynb #78a90867
+# %% ../../nbs/59_run.rerun.ipynb #9affaed3
 @dataclass(frozen=True)
 class Rerun:
     "A run, executed once more."
@@ -118,7 +118,7 @@ class Rerun:
         made = [f"- {change}" for change in self.changes] or ["Code, packages, data and machine are the same."]
         return "\n".join([self.result, *(["What differs:"] if self.changes else []), *made])
 
-
+# %% ../../nbs/59_run.rerun.ipynb #f05a2463
 def resolved_parameters(
     done: Run,  # finished
 ) -> dict[str, Any]:

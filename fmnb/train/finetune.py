@@ -129,7 +129,7 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: 
             config = replace(config, epochs=epochs, recipe=config.recipe + (f", share={share:.3g}" if share < 1 else ""))
     return config, found
 
-# %% ../../nbs/35_train.finetune.ipynb #cac9e9d9
+# %% ../../nbs/35_train.finetune.ipynb #07f3e10d
 def _fit_stages(learn: StepLearner, stages: list[Stage], kept: KeepWeights, file: Path | None) -> None:
     "Fit what is left of the stages: all, or those after a checkpoint."
     resumed = file is not None and file.exists()
@@ -150,7 +150,7 @@ def _fit_stages(learn: StepLearner, stages: list[Stage], kept: KeepWeights, file
         learn.first_epoch, resumed = len(learn.state.rounds) - ends[number - 1], False
         learn.fit_one_cycle(stage.epochs, peaks, pct_start=stage.warm_up, moms=(0.9, 0.9, 0.9))
 
-
+# %% ../../nbs/35_train.finetune.ipynb #6e7f3e2c
 def _fit(learn: StepLearner, stages: list[Stage], settings: RecipeSettings, file: Path | None, keep: bool) -> None:
     "Fit the stages, and leave in the model the weights that are kept."
     model, kept = learn.model, KeepWeights(settings.keep or ("best" if settings.patience or settings.name == "head_only" else "last"), settings.patience)
