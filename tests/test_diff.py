@@ -234,3 +234,9 @@ def test_hostile_contents_are_shown_harmlessly(tmp_path):
     found = diff_runs(tmp_path / "a", tmp_path / "<b>\x1b[2J")
     assert all(line.isprintable() for line in str(found).split("\n"))
     assert "<script>" not in found._repr_html_() and "<b>" not in found._repr_html_() and "\x1b" not in found._repr_html_()
+
+
+def test_parameters_of_the_notebooks_own_are_compared():
+    one, two = ({"parameters": {"seed": 0}, "asked": {"parameters": {"dropout": value, "seed": 0}}, "code": code} for value, code in ((0.1, "a"), (0.5, "b")))
+    found = differing_settings(one, two).set_index("name")
+    assert set(found.index) == {"dropout", "code"} and found.loc["dropout", ["first", "second"]].tolist() == ["0.1", "0.5"]

@@ -9,8 +9,10 @@ import torch
 import torchmetrics.functional.classification as theirs
 from fmnb.core import ConfigError, DataError, FmnbError, RunError, read_json, write_json
 from fmnb.data.source import keep_frame
+from fmnb.eval.advice import score_gap
 from fmnb.eval.calibrate import calibration_error, conformal_sets, conformal_threshold, fit_temperature, scaled
-from fmnb.eval.difference import check_same_items, paired_difference, ranking, seed_difference
+from fmnb.eval.compare import compare
+from fmnb.eval.difference import check_same_items, items_needed, paired_difference, ranking, seed_difference
 from fmnb.eval.errors import class_table, findings
 from fmnb.eval.metrics import measure
 from fmnb.eval.predict import predictions_table
@@ -192,6 +194,38 @@ def test_a_ranking_of_equal_models_has_one_place():
     table = made(200, 3, 0)
     places = ranking({"a": table, "b": table, "c": table})
     assert places["rank"].tolist() == [1, 1, 1] and places["items needed"].iloc[0] == np.inf
+
+
+def test_ranks_do_not_fall_and_all_pairs_are_corrected():
+    """Also with the best model, which was found among the pairs by the same items."""
+    tables = {f"m{number}": made(150, 3, 0).assign(prediction=lambda table, number=number: table["target"].where(np.random.default_rng(number).random(len(table)) < 0.9 - 0.05 * number, "c0")) for number in range(4)}
+    tables = {name: table[["item_id", "split", "target", "prediction"]] for name, table in tables.items()}
+    assert ranking(tables)["rank"].is_monotonic_increasing
+    alone = {one.other: paired_difference(tables[one.better], tables[one.other]) for one in compare(tables)}
+    for one in compare(tables):
+        assert alone[one.other].p_value <= one.p_value <= min(1, 6 * alone[one.other].p_value) + 1e-9 and one.n_needed >= alone[one.other].n_needed
+    assert any(one.p_value > 3.5 * alone[one.other].p_value for one in compare(tables))  # three pairs have the best one, six there are
+
+
+def test_items_do_not_replace_seeds():
+    """Variance that more items leave as it is can make their number infinite."""
+    assert items_needed(0.01, 0.003, 10_000) == items_needed(0.01, 0.003, 10_000, fixed=0.0) < np.inf
+    assert items_needed(0.01, 0.003, 10_000, fixed=5e-6) > items_needed(0.01, 0.003, 10_000)
+    assert items_needed(0.01, 0.003, 10_000, fixed=0.0082**2) == np.inf
+
+
+def test_a_target_without_a_score_is_named():
+    table = made(30, 3, 0)
+    table.loc[4, "target"] = "bird"
+    with pytest.raises(DataError, match="1 of 30 items have a label without a score, such as 'bird'"):
+        measure(table)
+
+
+def test_the_gap_of_few_items_is_wide():
+    """Newcombe's interval has a width where nothing varies."""
+    train, valid = (pd.DataFrame({"item_id": range(n), "split": "x", "target": "a", "prediction": said}) for n, said in ((40, "a"), (3, "b")))
+    gap = score_gap(train, valid)
+    assert gap.value == 1 and gap.low < 0.6 and score_gap(train, train).low < 0 < score_gap(train, train).high
 
 
 @pytest.fixture(scope="module")

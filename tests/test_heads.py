@@ -10,7 +10,7 @@ from fmnb.core import ConfigError, RunError
 from fmnb.data.text import train_tokenizer
 from fmnb.model.adapter import add_lora, is_lora, lora_parameters, lora_targets, merge_lora, unmerge_lora
 from fmnb.model.head import build_model
-from fmnb.model.loss import LOSSES, class_weights
+from fmnb.model.loss import LOSSES, binary_focal, class_weights, focal
 from fmnb.model.output import HEADS, parse_head
 from fmnb.model.pool import POOLS
 from fmnb.model.store import load_backbone, load_model, save_model, take_backbone
@@ -286,3 +286,10 @@ def test_lora_is_small_where_models_are_large():
         model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)))
     share = sum(parameter.numel() for parameter in add_lora(made).parameters() if parameter.requires_grad) / made.n_parameters
     assert 0.01 < share < 0.02 and len(lora_targets(merge_lora(made))[0]) == 36
+
+
+@pytest.mark.parametrize("loss, targets", [(focal, torch.tensor([0])), (binary_focal, torch.tensor([[1.0, 0.0]]))])
+def test_focal_loss_has_a_slope_where_the_model_is_sure(loss, targets):
+    outputs = torch.tensor([[40.0, -40.0]], requires_grad=True)
+    loss(outputs, targets, gamma=0.5).backward()
+    assert outputs.grad.isfinite().all()

@@ -25,7 +25,7 @@ from conftest import ROOT
 from fmnb.core import DataError
 from fmnb.data.archive import expand
 from fmnb.data.media import audio_header, decode_audio, decode_image, decode_pixels, in_processes, modality_of, read_bytes
-from fmnb.data.source import fingerprint_items, load_items, open_items, save_items
+from fmnb.data.source import fingerprint_items, keep_frame, load_items, open_items, save_items
 from PIL import Image
 
 DATA = ROOT.parent / "shared" / "data"
@@ -257,6 +257,19 @@ def test_a_table_beside_media_gives_the_labels(tmp_path, rows, where):
         items = load_items(data)
         assert {path[-8:-4]: label for path, label in zip(items["image"], items["label"])} == labels
         assert all(decode_image(path).size == (24, 16) for path in items["image"]) and items.attrs["source"]["kind"] != "folder of image files"
+
+
+def test_names_in_another_case_are_found_and_rows_without_a_file_are_counted(tmp_path):
+    names = ["IMG_1.JPG", "cafe\u0301.png", "c.png"]
+    table = "file,label\nimg_1.jpg,cat\ncaf\u00e9.png,dog\nc.png,cat\nmissing.png,dog\n"
+    items = load_items(write(tmp_path, {name: image_bytes() for name in names} | {"labels.csv": table.encode()}))
+    assert len(items) == 3 and items["label"].tolist() == ["cat", "dog", "cat"] and items.attrs["source"]["rows that name no file"] == "1"
+
+
+def test_a_frame_that_is_kept_again_with_other_labels_is_another(tmp_path):
+    rows = pd.DataFrame({"text": [f"text {number}" for number in range(6)]})
+    several, one = (keep_frame(rows.assign(label=labels)) for labels in ([["a"], ["b"]] * 3, ["a", "b"] * 3))
+    assert several != one and load_items(several).attrs["source"] != load_items(one).attrs["source"]
 
 
 def test_a_table_beside_media_that_does_not_fit_is_refused(tmp_path):
