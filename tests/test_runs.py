@@ -12,8 +12,11 @@ import pytest
 from fmnb.core import ConfigError, RunError, write_json
 from fmnb.run.cli import main
 from fmnb.run.execute import resume, run
+from fmnb.run.project import new_project
 from fmnb.run.record import FORMAT, Run, changed_files, open_run
+from fmnb.run.rerun import same_results
 from fmnb.run.stage import stage
+from fmnb.train.step import is_memory_error
 
 PARAMETERS = 'seed: int = 0\nout: str = ""\noverwrite: bool = False'
 START = "from fmnb.config import config_from_notebook\nfrom fmnb.run.record import start_run\nconfig = config_from_notebook(globals())\nrun = start_run(config, 'small')"
@@ -222,3 +225,32 @@ def test_what_a_run_was_made_with_is_kept(tmp_path):
     assert config["asked"]["notebook"].endswith("01_small.ipynb") and Path(config["asked"]["working_folder"]) == Path.cwd()
     assert set(done.status["artifacts"]) - {"changes.diff"} == {"config.json", "metrics.json", "report.html", "report.ipynb"}
     assert pd.Timestamp(done.status["started"]) <= pd.Timestamp(done.status["updated"])
+
+
+def test_what_prepare_and_select_leave_is_compared(tmp_path):
+    """Not their times and costs, and not their sentences; and a run that leaves nothing is not called the same."""
+    def made(name, items=b"", **metrics):
+        folder = tmp_path / name
+        folder.mkdir()
+        if items:
+            (folder / "items.arrow").write_bytes(items)
+        if metrics:
+            write_json(folder / "metrics.json", metrics)
+        return Run(folder)
+    assert same_results(made("a", b"1"), made("b", b"1")) == (True, "All 1 files are identical.")
+    assert same_results(made("c", b"1"), made("d", b"2"))[0] is False and same_results(made("e"), made("f"))[0] is False
+    first, second, third = (made(name, advice=[{"score": score, "seconds": seconds, "reason": f"{seconds}"}], costs=[{"low": seconds}], findings=[f"{seconds} s"])
+                            for name, score, seconds in (("g", 0.9, 1.0), ("h", 0.9, 2.0), ("i", 0.8, 1.0)))
+    assert same_results(first, second)[0] and not same_results(first, third)[0]
+
+
+def test_a_project_of_a_notebook_stays_in_its_folder(tmp_path):
+    path = report(tmp_path, parameters='data: str = "digits"\n' + PARAMETERS)
+    folder = new_project(tmp_path / "project", report=str(path))
+    assert {file.name for file in folder.iterdir()} == {"small.ipynb", "Makefile", "README.md", ".gitignore"}
+    assert {file.name for file in tmp_path.iterdir()} == {"01_small.ipynb", "project"}
+
+
+@pytest.mark.parametrize("words", ["CUDNN_STATUS_ALLOC_FAILED", "MPS backend out of memory", "unable to find an engine to execute this computation"])
+def test_memory_errors_are_known_by_their_words(words):
+    assert is_memory_error(RuntimeError(words)) and not is_memory_error(ValueError(words)) and not is_memory_error(RuntimeError("shapes differ"))
