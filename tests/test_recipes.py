@@ -14,7 +14,10 @@ from fastai.torch_core import set_seed
 from fastcore.basics import noop
 from fmnb.config import RECIPES, make_config
 from fmnb.core import ConfigError, DataError, RunError
-from fmnb.data.load import BatchLoader
+from fmnb.data.load import BatchLoader, make_dataloaders
+from fmnb.data.prepare import prepare
+from fmnb.data.source import load_items
+from fmnb.data.split import split_items
 from fmnb.model.adapter import is_lora
 from fmnb.model.head import build_model
 from fmnb.model.output import HEADS
@@ -405,3 +408,14 @@ def test_memory_errors_halve_the_batch_in_a_recipe():
 def test_registry_of_recipes():
     assert set(RECIPE_FUNCTIONS) == set(RECIPES) == set(EXTERNAL_RATES)
     assert json.loads(json.dumps(parse_recipe("lora, rank=4").__dict__))["rank"] == 4
+
+
+def test_a_training_without_a_good_step_says_so():
+    """Also one so short that it ends before the steps are too many."""
+    prepared = prepare(split_items(load_items("digits")))
+    model = build_model("cnn", prepared.input_spec, prepared.classes, prepared.preprocessing, {"base": 4})
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(float("nan"))
+    config = make_config({"recipe": "scratch, precision=float32", "epochs": 1, "batch_size": 400, "learning_rate": 1e-3, "family": "cnn"})
+    with pytest.raises(DivergenceError, match="No step gave a loss that is a number"):
+        train(make_learner(make_dataloaders(prepared, 400), model), config)
