@@ -34,7 +34,7 @@ def test_report_at_default_size(path, tmp_path):
 SMALL = {"10_loading": {"n_images": 800, "repeats": 1}, "20_shakespeare": {"data": "nowhere", "steps": 10, "peer_steps": 20, "repeats": 1},
          "21_families": {"data": "nowhere", "minutes": 0.02, "repeats": 1, "context": 32, "width": 96},
          "26_selection": {"data": "nowhere", "only": "digits", "search_minutes": 0.15, "budget": 0.25, "families": "cnn"},
-         "36_tuning": {"data": "nowhere", "only": "digits, CNN", "trials": 2, "search_minutes": 0.02},
+         "36_tuning": {"data": "nowhere", "only": "digits, CNN", "trials": 2, "search_minutes": 0.02, "epochs": 1},
          "30_finetuning": {"data": "nowhere", "epochs": 1, "repeats": 1, "at_most": 48},
          "31_tasks": {"data": "nowhere", "minutes": 0.02},
          "32_photographs": {"data": "nowhere", "budget": 0.02, "quick": 0.01, "rates": "0.003"},

@@ -16,7 +16,7 @@ from fmnb.model.head import build_model
 from fmnb.run.execute import run
 from fmnb.train.finetune import train
 from fmnb.train.learner import learner_history, make_learner
-from fmnb.train.tune import Range, ReportEpochs, best_values, open_study, search, trials_table
+from fmnb.train.tune import Range, ReportEpochs, best_trials, cheapest_trial, open_study, search, trials_table
 
 SPACE = {"rate": Range(1e-4, 1e-1, log=True), "size": (8, 16)}
 CODE = """
@@ -112,7 +112,7 @@ def test_the_budget_in_seconds_is_that_of_all_trials(tmp_path):
 
 
 def test_pruned_trials_cost_less(tmp_path):
-    """The median rule ends what falls behind, and finds as good a rate."""
+    """Successive halving ends what falls behind, and finds as good a rate."""
     def train_once(values, report):
         for epoch in range(1, 11):
             steps.append(epoch)
@@ -122,7 +122,7 @@ def test_pruned_trials_cost_less(tmp_path):
     for prune in (True, False):
         steps = []
         file = tmp_path / f"{prune}.db"
-        search(open_study(file, SPACE, prune=prune), file, SPACE, train_once, {"rate": 0.05, "size": 8}, 20)
+        search(open_study(file, SPACE, epochs=10 * prune), file, SPACE, train_once, {"rate": 0.05, "size": 8}, 20)
         spent[prune], best[prune] = len(steps), finished(file)["score"].max()
     assert spent[True] < 0.8 * spent[False] and best[True] > best[False] - 0.01
 
@@ -137,17 +137,18 @@ def test_a_training_is_ended_early(tmp_path):
         learn = train(make_learner(make_dataloaders(prepared, 64), model, callbacks=[ReportEpochs(report)]), config)
         return learner_history(learn)["metric"].iloc[-1], 1.0
     space, file = {"rate": (1e-6, 3e-3)}, tmp_path / "study.db"
-    search(open_study(file, space), file, space, train_once, {"rate": 3e-3}, 12)
+    search(open_study(file, space, epochs=3), file, space, train_once, {"rate": 3e-3}, 12)
     table = trials_table(open_study(file, space))
     assert 1e-6 in set(table.loc[table["state"] == "pruned", "rate"]) and table["state"].isin(["complete", "pruned"]).sum() == len(table) == 12
 
 
 def test_the_cheapest_of_the_good_trials_is_taken(tmp_path):
-    """Within a margin of the best; without one the best is, and of equal ones the first."""
+    """Within a margin of the best; the best are listed without the defaults, of equal ones the first before the others."""
     file, told = tmp_path / "study.db", iter([(0.80, 4.0), (0.90, 8.0), (0.89, 2.0), (0.90, 1.0), (0.70, 0.5)])
     search(study := open_study(file, SPACE, cost=True), file, SPACE, lambda values, report: next(told), {"rate": 0.01, "size": 8}, 5)
     assert list(trials_table(study)["seconds"]) == [4.0, 8.0, 2.0, 1.0, 0.5] and set(trials_table(study)["state"]) == {"complete"}
-    assert [best_values(study, within)[0] for within in (0.0, 0.005, 0.1, 0.25)] == [1, 3, 3, 4]
+    assert [list(cheapest_trial(study, within)) for within in (0.0, 0.005, 0.1, 0.25)] == [[3], [3], [3], [4]]
+    assert list(best_trials(study)) == [1, 3, 2] and list(best_trials(study, 9)) == [1, 3, 2, 4]  # never the defaults
 
 
 def test_short_trainings_are_searched_for_too(tmp_path):

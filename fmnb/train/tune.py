@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values', 'open_study', 'search', 'ReportEpochs',
-           'trials_table', 'best_values', 'importances', 'plot_search', 'plot_front']
+           'trials_table', 'best_trials', 'cheapest_trial', 'importances', 'plot_search', 'plot_front']
 
 # %% ../../nbs/37_train.tune.ipynb #e5d0da6f
 import os
@@ -89,7 +89,7 @@ def with_values(
             texts[parameter] = ", ".join([*parts, f"{setting}={value:.4g}" if isinstance(value, float) else f"{setting}={value}"])
     return replace(config, **plain, **texts)
 
-# %% ../../nbs/37_train.tune.ipynb #ab884f21
+# %% ../../nbs/37_train.tune.ipynb #70a73e8d
 def _distributions(space: Space) -> dict[str, Any]:
     "The space in Optuna's words."
     made = library("optuna", "Tuning", "train with the defaults").distributions
@@ -108,7 +108,7 @@ def open_study(
     subject: str = "",    # what is tuned, such as a hash of data, model and budget; another one needs another file
     cost: bool = False,   # search for a small cost too? Then no trial is ended early
     seed: int = 0,        # of the search
-    prune: bool = True,   # end trials early that fall behind?
+    epochs: int = 0,      # of a whole trial; above 0, a trial that is not among the better half after a third or two thirds of them is ended
 ) -> "optuna.Study":
     "Open a study or begin one. Raises `RunError` for a file that is none, `ConfigError` for one of another subject or space."
     optuna = library("optuna", "Tuning", "train with the defaults")
@@ -119,7 +119,7 @@ def open_study(
     try:
         with _lock(file):
             storage = optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}})
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1) if prune and not cost else optuna.pruners.NopPruner()
+            pruner = optuna.pruners.SuccessiveHalvingPruner(epochs // 3 + 1, reduction_factor=2) if epochs and not cost else optuna.pruners.NopPruner()
             study = optuna.create_study(storage=storage, pruner=pruner, study_name="fmnb", load_if_exists=True, directions=["maximize", "minimize"] if cost else ["maximize"])
             held = study.user_attrs.get("asked")
             if held is None:
@@ -229,7 +229,7 @@ class ReportEpochs(Callback):
         if rounds and np.isfinite(rounds[-1]["metric"]):
             self.report(len(rounds), float(rounds[-1]["metric"]))
 
-# %% ../../nbs/37_train.tune.ipynb #e7c17ab6
+# %% ../../nbs/37_train.tune.ipynb #1051ce32
 def trials_table(
     study: "optuna.Study",
 ) -> pd.DataFrame:  # one row a trial: `trial`, `state`, `score` (of a pruned one, the last reported), `seconds` (where a small cost was searched for: that cost), a column a setting, `problem`
@@ -243,17 +243,26 @@ def trials_table(
     return pd.DataFrame(rows)
 
 
-def best_values(
+def best_trials(
     study: "optuna.Study",
-    within: float = 0.0,  # below the highest score; above 0 the cheapest of these trials is taken
-) -> tuple[int, dict[str, Any]]:  # number of the trial, its values
-    "The completed trial with the highest score, of equal ones the first; or the cheapest that is hardly worse (with a standard error for `within`, the rule of Breiman et al., 1984)."
+    most: int = 3,        # trials
+) -> dict[int, dict[str, Any]]:  # their values by number; empty where no other trial than the first was completed
+    "The completed trials with the highest scores, the best first, of equal ones the first; without the first trial, which has the defaults."
+    from optuna.trial import TrialState
+    whole = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if trial.number]
+    return {trial.number: dict(trial.params) for trial in sorted(whole, key=lambda trial: (-trial.values[0], trial.number))[:most]}
+
+
+def cheapest_trial(
+    study: "optuna.Study",
+    within: float,        # below the highest score
+) -> dict[int, dict[str, Any]]:  # its values by its number
+    "The cheapest completed trial that is hardly worse than the best (with a standard error for `within`, the rule of Breiman et al., 1984), the defaults included."
     from optuna.trial import TrialState
     whole = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    best = max(whole, key=lambda trial: (trial.values[0], -trial.number))
-    if within > 0:
-        best = min((trial for trial in whole if trial.values[0] >= best.values[0] - within), key=lambda trial: (trial.values[-1] if len(trial.values) > 1 else trial.user_attrs["seconds"], trial.number))
-    return best.number, dict(best.params)
+    least = max(trial.values[0] for trial in whole) - within
+    taken = min((trial for trial in whole if trial.values[0] >= least), key=lambda trial: (trial.values[-1], trial.number))
+    return {taken.number: dict(taken.params)}
 
 # %% ../../nbs/37_train.tune.ipynb #0a1a037b
 def importances(
