@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FmnbError', 'ConfigError', 'DataError', 'RunError', 'did_you_mean', 'parse_settings', 'stable_hash', 'unit_hash',
-           'derive_seed', 'atomic_path', 'write_json', 'read_json', 'cache_dir', 'process_lives', 'process_memory']
+           'derive_seed', 'no_math', 'atomic_path', 'write_json', 'read_json', 'cache_dir', 'process_lives',
+           'process_memory']
 
 # %% ../nbs/00_core.ipynb #a4dcb2a1
 import difflib
@@ -109,6 +110,13 @@ def derive_seed(
 ) -> int:           # in [0, 2**32)
     "A seed for one purpose, independent of the draws made for any other."
     return int(unit_hash(purpose, seed) * 2**32)
+
+# %% ../nbs/00_core.ipynb #647d0eed
+def no_math(
+    name: object,  # what is to be written, as it is
+) -> str:          # for Matplotlib
+    "A name for a figure, whose dollar signs begin no formula."
+    return str(name).replace("$", r"\$")
 
 # %% ../nbs/00_core.ipynb #bd71dae5
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torchmetrics.functional.classification as theirs
 from fmnb.core import ConfigError, DataError, FmnbError, RunError, read_json, write_json
 from fmnb.data.show import plot_balance, show_images
-from fmnb.data.source import keep_frame
+from fmnb.data.source import keep_frame, load_items
 from fmnb.eval.advice import score_gap
 from fmnb.eval.calibrate import calibration_error, conformal_sets, conformal_threshold, fit_temperature, scaled
 from fmnb.eval.compare import compare
@@ -299,7 +299,7 @@ def test_dollars_in_names_are_no_formulas():
     """Two dollar signs in a label, and something between them that Matplotlib cannot read as a formula."""
     names = {"c0": r"US$ \wrong{$", "c1": "CA$ and AU$", "c2": "c2"}
     table = made(60, 3, 0).replace(names).rename(columns={f"score_{old}": f"score_{new}" for old, new in names.items()})
-    items = pd.DataFrame({"item_id": table["item_id"], "label": table["target"], "split": "test", "image": [np.zeros((4, 4), dtype=np.uint8)] * 60})
+    items = load_items("digits").head(60).assign(label=table["target"].to_numpy(), split="test")
     for figure in (plot_errors(table, title="from $ to $").figure, plot_balance(items), show_images(items.head(2), items["label"].head(2))):
         figure.canvas.draw()
     axes = plot_errors(table)

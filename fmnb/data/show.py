@@ -7,7 +7,7 @@ __all__ = ['CARDS', 'show_images', 'show_texts', 'picture_card', 'sound_card', '
            'label_caption', 'show_items', 'show_table', 'bullets', 'show_groups', 'split_counts', 'plot_balance',
            'plot_facts', 'data_findings', 'show_augmented']
 
-# %% ../../nbs/15_data.show.ipynb #cc95a73a
+# %% ../../nbs/15_data.show.ipynb #716bcfb0
 import base64
 import html
 import io
@@ -23,7 +23,7 @@ from IPython.display import HTML, Markdown
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from ..core import DataError, stable_hash
+from ..core import DataError, no_math, stable_hash
 from .load import make_loader
 from .media import decode_audio, decode_image, modality_of
 from .prepare import Prepared
@@ -31,7 +31,7 @@ from .problem import find_problem_type, item_labels, split_labels
 from .sound import log_mel
 from .split import SPLITS
 
-# %% ../../nbs/15_data.show.ipynb #0ab65f04
+# %% ../../nbs/15_data.show.ipynb #307025a9
 def show_images(
     items: pd.DataFrame,      # `item_id`, `image`
     captions: Sequence[str],  # one an item, written above it
@@ -44,7 +44,7 @@ def show_images(
         axis.axis("off")
     for axis, source, item_id, caption in zip(axes.flat, items["image"], items["item_id"], captions):
         axis.imshow(np.asarray(decode_image(source, item_id)), cmap="gray")
-        axis.set_title(caption, fontsize=8)
+        axis.set_title(no_math(caption), fontsize=8)
     plt.close(figure)
     return figure
 
@@ -190,7 +190,7 @@ def show_groups(
             rows.append(item_id)
     return show_items(table.loc[rows].reset_index(drop=True), captions)
 
-# %% ../../nbs/15_data.show.ipynb #c13c8943
+# %% ../../nbs/15_data.show.ipynb #a9e3eb3b
 def split_counts(
     items: pd.DataFrame,     # `label` and `split`
     problem_type: str = "",  # single_label, multi_label or regression; empty = seen in the labels
@@ -221,7 +221,7 @@ def plot_balance(
     figure, axis = plt.subplots(figsize=(7, 1.1 + 0.24 * len(counts)), layout="constrained")
     left = np.zeros(len(counts))
     for split, colour in zip(SPLITS, sns.color_palette("deep")):
-        axis.barh(counts.index.astype(str), counts[split], left=left, color=colour, label=split)
+        axis.barh(counts.index.map(no_math), counts[split], left=left, color=colour, label=split)
         left += counts[split].to_numpy()
     axis.invert_yaxis()
     axis.set(xlabel="items", title=title)

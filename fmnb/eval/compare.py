@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'FAMILY_NAMES', 'IN_WORDS', 'format_metric', 'comparison_table', 'compare', 'verdict', 'comparison_findings',
            'plot_histories', 'plot_confusions', 'hardest_items', 'error_captions']
 
-# %% ../../nbs/53_eval.compare.ipynb #11dde8b3
+# %% ../../nbs/53_eval.compare.ipynb #5e7f7233
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..core import DataError
+from ..core import DataError, no_math
 from .difference import Difference, all_differences, paired_difference
 from .errors import plot_errors
 from .metrics import HEADLINE, MAIN_METRIC, METRICS, measure
@@ -111,7 +111,7 @@ def comparison_findings(
     sentences.append(f"{(wrong == len(predictions)).sum()} of {len(baseline):,} test items are {what} in every model, {(wrong > 0).sum()} in at least one.")
     return sentences
 
-# %% ../../nbs/53_eval.compare.ipynb #c25c09f9
+# %% ../../nbs/53_eval.compare.ipynb #ffde1791
 def plot_histories(
     histories: Mapping[str, pd.DataFrame],  # by model: `epoch`, `train_loss`, `valid_loss`, and `accuracy` or `metric`
 ) -> Figure:
@@ -120,7 +120,7 @@ def plot_histories(
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     colours = dict(zip(histories, sns.color_palette("colorblind", len(histories))))
     for name, history in histories.items():
-        label = FAMILY_NAMES.get(name, name)
+        label = no_math(FAMILY_NAMES.get(name, name))
         axes[0].plot(history["epoch"], history["train_loss"], ".--", color=colours[name], linewidth=1)
         axes[0].plot(history["epoch"], history["valid_loss"], ".-", color=colours[name], label=label)
         axes[1].plot(history["epoch"], history["accuracy" if accuracy else "metric"], ".-", color=colours[name], label=label)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLOTS', 'class_table', 'plot_confusion', 'plot_labels', 'plot_predicted', 'plot_errors', 'most_confused', 'findings']
 
-# %% ../../nbs/52_eval.errors.ipynb #59d0b7cd
+# %% ../../nbs/52_eval.errors.ipynb #c35695d8
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -15,22 +15,22 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from .interval import bca_interval, bootstrap_confusions, confusion_accelerations, wilson_interval
+from ..core import no_math
+from .interval import drawn_confusions, drawn_interval, wilson_interval
 from .metrics import check_predictions, confusion, measure
 from .predict import classes_of, label_matrix, problem_type_of
 
-# %% ../../nbs/52_eval.errors.ipynb #bd614f90
-def _f1(confusions: np.ndarray) -> dict[str, np.ndarray]:
+# %% ../../nbs/52_eval.errors.ipynb #083f796a
+def _f1(confusions: np.ndarray) -> np.ndarray:
     "The F1-score of the second of two classes."
     both = confusions[..., 1, :].sum(axis=-1) + confusions[..., 1].sum(axis=-1)
-    return {"f1": np.divide(2 * confusions[..., 1, 1], both, out=np.zeros(both.shape), where=both > 0)}
+    return np.divide(2 * confusions[..., 1, 1], both, out=np.zeros(both.shape), where=both > 0)
 
 
 def _class_interval(there: np.ndarray, said: np.ndarray) -> tuple[float, float]:
-    "The interval of a class's F1-score, (items,) booleans; that of the recall by Wilson where no error was made."
+    "The interval of a class's F1-score, (items,) booleans; Wilson's where there is no other class to take it for."
     counts = confusion_matrix(there, said, labels=[False, True])
-    low, high = bca_interval(_f1(counts)["f1"], _f1(bootstrap_confusions(counts))["f1"], confusion_accelerations(counts, _f1)["f1"])
-    return (min(low, wilson_interval(counts[1, 1], counts[1, 1])[0]), high) if counts[1, 1] and not counts[0, 1] + counts[1, 0] else (low, high)
+    return wilson_interval(counts[1, 1], counts[1, 1]) if counts[1, 1] == counts.sum() else drawn_interval(_f1(counts), _f1(drawn_confusions(counts)))
 
 # %% ../../nbs/52_eval.errors.ipynb #43208563
 def class_table(
@@ -56,7 +56,7 @@ def class_table(
     table[["low", "high"]] = [_class_interval(there, said) for there, said in zip(*(matrix.T for matrix in pair))]
     return table[["precision", "recall", "F1-score", "low", "high", "items"]].sort_values("F1-score")
 
-# %% ../../nbs/52_eval.errors.ipynb #ad99a8f7
+# %% ../../nbs/52_eval.errors.ipynb #d47e7691
 def plot_confusion(
     predictions: pd.DataFrame,  # the predictions table of one split, one class an item
     axes: Axes | None = None,   # where to draw; None = a new figure
@@ -68,8 +68,8 @@ def plot_confusion(
     errors = counts.to_numpy() * (1 - np.eye(len(counts), dtype=int))
     text = np.where(counts > 0, counts.astype(str), "")
     sns.heatmap(errors, annot=text, fmt="", cmap="Reds", vmin=0, vmax=max(4, errors.max()), cbar=False, square=True, linewidths=0.5,
-                linecolor="0.9", xticklabels=counts.columns, yticklabels=counts.index, ax=axes, annot_kws={"size": 8})
-    axes.set(xlabel="predicted", ylabel="target", title=title)
+                linecolor="0.9", xticklabels=counts.columns.map(no_math), yticklabels=counts.index.map(no_math), ax=axes, annot_kws={"size": 8})
+    axes.set(xlabel="predicted", ylabel="target", title=no_math(title))
     axes.tick_params(length=0)
     axes.tick_params(axis="y", rotation=0)
     return axes
@@ -84,13 +84,13 @@ def plot_labels(
     "The F1-score of each label, the weakest on top."
     table = class_table(predictions).head(most)
     axes = axes if axes is not None else plt.subplots(figsize=(6, 1.1 + 0.24 * len(table)), layout="constrained")[1]
-    bars = axes.barh([f"{name} ({items})" for name, items in table["items"].items()], table["F1-score"], color="C0")
+    bars = axes.barh([f"{no_math(name)} ({items})" for name, items in table["items"].items()], table["F1-score"], color="C0")
     axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.1), xlabel="F1-score", ylabel="label (items)", title=title)
+    axes.set(xlim=(0, 1.1), xlabel="F1-score", ylabel="label (items)", title=no_math(title))
     return axes
 
-# %% ../../nbs/52_eval.errors.ipynb #4a10af95
+# %% ../../nbs/52_eval.errors.ipynb #54389aa2
 def plot_predicted(
     predictions: pd.DataFrame,  # the predictions table of one split, numbers
     axes: Axes | None = None,   # where to draw; None = a new figure
@@ -101,7 +101,7 @@ def plot_predicted(
     ends = [predictions[["target", "prediction"]].min(axis=None), predictions[["target", "prediction"]].max(axis=None)]
     axes.plot(ends, ends, color="0.6", linewidth=1)
     axes.scatter(predictions["target"], predictions["prediction"], s=8, alpha=min(1.0, 0.1 + 100 / len(predictions)), linewidth=0, rasterized=True)
-    axes.set(xlabel="target", ylabel="predicted", title=title, aspect="equal")
+    axes.set(xlabel="target", ylabel="predicted", title=no_math(title), aspect="equal")
     return axes
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attributions', 'plot_attributions', 'show_token_attributions', 'explain']
 
-# %% ../../nbs/52_eval.explain.ipynb #e77b7b23
+# %% ../../nbs/52_eval.explain.ipynb #3875699b
 import html
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..core import ConfigError
+from ..core import ConfigError, no_math
 
 # %% ../../nbs/52_eval.explain.ipynb #8ca4de6a
 def _attribute(model: nn.Module, inputs: torch.Tensor, hidden_token: int, steps: int, method: type) -> tuple[torch.Tensor, ...]:
@@ -58,7 +58,7 @@ def attributions(
     gained = (outputs - emptied).gather(1, chosen[:, None])[:, 0]
     return shares.detach().cpu().numpy(), gained.detach().cpu().numpy()
 
-# %% ../../nbs/52_eval.explain.ipynb #ab1647b4
+# %% ../../nbs/52_eval.explain.ipynb #b9badd23
 def plot_attributions(
     images: np.ndarray,        # (items, height, width) or (items, height, width, channels), as a person would look at them
     shares: np.ndarray,        # of `attributions`, (items, height, width)
@@ -69,7 +69,7 @@ def plot_attributions(
     for column, (image, share, caption) in enumerate(zip(images, shares, captions)):
         most = np.abs(share).max() or 1.0
         panels[0, column].imshow(image, cmap="gray")
-        panels[0, column].set_title(caption, fontsize=7)
+        panels[0, column].set_title(no_math(caption), fontsize=7)
         panels[1, column].imshow(share, cmap="RdBu_r", vmin=-most, vmax=most)
     for axes in panels.flat:
         axes.set_axis_off()

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'HEADLINE', 'MAIN_METRIC', 'Interval', 'check_predictions', 'confusion', 'weighted_metrics', 'measure',
            'measure_language']
 
-# %% ../../nbs/51_eval.metrics.ipynb #e9d226ed
+# %% ../../nbs/51_eval.metrics.ipynb #bee4f8c6
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from ..core import DataError
-from .interval import acceleration, area_interval, bca_interval, bootstrap_confusions, bootstrap_weights, confusion_accelerations, mean_interval, wilson_interval
+from .interval import acceleration, area_interval, bca_interval, bootstrap_weights, drawn_confusions, drawn_interval, mean_interval, wilson_interval
 from .predict import classes_of, label_matrix, problem_type_of
 from .score import areas_of_scores, item_scores, metrics_of_confusions, metrics_of_labels, metrics_of_numbers
 
@@ -53,7 +53,7 @@ def confusion(
     counts = confusion_matrix(predictions["target"], predictions["prediction"], labels=classes)
     return pd.DataFrame(counts, index=pd.Index(classes, name="target"), columns=pd.Index(classes, name="prediction"))
 
-# %% ../../nbs/51_eval.metrics.ipynb #51b66556
+# %% ../../nbs/51_eval.metrics.ipynb #2eadd4c3
 METRICS = {
     "accuracy": "Accuracy", "precision_macro": "Precision", "recall_macro": "Recall", "f1_macro": "F1-score", "f1_weighted": "F1-score, weighted", "f1_micro": "F1-score, micro",
     "balanced_accuracy": "Balanced accuracy", "matthews": "Matthews' correlation", "hamming_loss": "Hamming loss", "top_3_accuracy": "Top-3 accuracy",
@@ -67,12 +67,10 @@ Interval = tuple[float, float, float]  # value, low, high
 def _counts_measured(counts: np.ndarray, level: float, resamples: int, stratified: bool) -> dict[str, Interval]:
     "The metrics of a confusion matrix."
     values, step = metrics_of_confusions(counts), max(1, 2**24 // counts.size)  # resamples at a time, 128 MiB
-    parts = [metrics_of_confusions(bootstrap_confusions(counts, min(step, resamples - start), start, stratified)) for start in range(0, resamples, step)]
-    drawn = {name: np.concatenate([part[name] for part in parts]) for name in values}
-    bent = confusion_accelerations(counts, metrics_of_confusions, stratified)
-    found = {name: (float(value), *bca_interval(value, drawn[name], bent[name], level)) for name, value in values.items()}
+    parts = [metrics_of_confusions(drawn_confusions(counts, min(step, resamples - start), start, stratified)) for start in range(0, resamples, step)]
+    found = {name: (float(value), *drawn_interval(value, np.concatenate([part[name] for part in parts]), level)) for name, value in values.items()}
     low, high = wilson_interval(np.trace(counts), counts.sum(), level)
-    if values["accuracy"] == 1:
+    if values["accuracy"] == 1 and np.count_nonzero(counts) == 1:  # with a single class there is no error to draw
         found = {name: (value, min(low, least), most) for name, (value, least, most) in found.items()}
     return found | {"accuracy": (float(values["accuracy"]), low, high)}
 
@@ -123,7 +121,7 @@ def _items_measured(predictions: pd.DataFrame, level: float, resamples: int) -> 
         found = {name: (value, least, max(most, 1 - low)) if name == "hamming_loss" else (value, min(low, least), most) for name, (value, least, most) in found.items()}
     return found | {"accuracy": (right, low, high)}
 
-# %% ../../nbs/51_eval.metrics.ipynb #072ea7ae
+# %% ../../nbs/51_eval.metrics.ipynb #45014096
 def _scores_of(predictions: pd.DataFrame, classes: list[str]) -> np.ndarray:
     "The score columns, (items, classes)."
     return predictions[[f"score_{name}" for name in classes]].to_numpy(dtype=float)
@@ -132,7 +130,7 @@ def _scores_of(predictions: pd.DataFrame, classes: list[str]) -> np.ndarray:
 def measure(
     predictions: pd.DataFrame,  # the predictions table of one split
     level: float = 0.95,        # coverage of the intervals, in (0, 1)
-    resamples: int = 2000,      # bootstrap resamples
+    resamples: int = 2000,      # draws behind each interval
     stratified: bool = True,    # of one class an item: are the numbers of items of the classes given, or chance?
 ) -> dict[str, dict[str, Any]]:  # by metric: value, low, high, n_items
     "The metrics of the table's problem type, each with its interval and the number of items behind it. Raises `DataError` for what `check_predictions` finds."

@@ -52,7 +52,7 @@ def item_scores(
         values[f"top_{TOP_K}_accuracy"] = (before < TOP_K).astype(float)
     return values
 
-# %% ../../nbs/50_eval.score.ipynb #4468b107
+# %% ../../nbs/50_eval.score.ipynb #87966579
 def roc_area(
     positive: np.ndarray,  # bool, (items,)
     scores: np.ndarray,    # (items,)
@@ -66,7 +66,8 @@ def roc_area(
     below = among_all - among_own  # items of the other kind with a lower score, equal ones counting half
     share = np.where(positive, below / n_negative, 1 - below / n_positive)
     area = share[positive].mean()
-    return float(area), (share - area) * np.where(positive, len(scores) / n_positive, len(scores) / n_negative)
+    each = [len(scores) / np.sqrt(n * max(n - 1, 1)) for n in (n_positive, n_negative)]  # DeLong's variances have n - 1 below them
+    return float(area), (share - area) * np.where(positive, *each)
 
 
 def precision_area(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['slice_members', 'feature_clusters', 'cluster_names', 'right_items', 'slice_table', 'plot_slices', 'label_suspects']
 
-# %% ../../nbs/52_eval.slice.ipynb #6c6a109b
+# %% ../../nbs/52_eval.slice.ipynb #4cdddbb8
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ..core import DataError
+from ..core import DataError, no_math
 from .interval import holm_p_values, wilson_interval
 from .metrics import check_predictions
 from .predict import classes_of, problem_type_of
@@ -94,7 +94,7 @@ def slice_table(
     weaker = table["accuracy"] < table["others"]
     return pd.concat([table[weaker], table[~weaker]])
 
-# %% ../../nbs/52_eval.slice.ipynb #05b39ac4
+# %% ../../nbs/52_eval.slice.ipynb #42f00773
 def plot_slices(
     table: pd.DataFrame,       # of `slice_table`
     accuracy: float,           # of all items
@@ -111,7 +111,7 @@ def plot_slices(
             continue
         axes.errorbar(part["accuracy"], np.flatnonzero(mark), xerr=[part["accuracy"] - part["low"], part["high"] - part["accuracy"]], fmt="o", color=colour, markersize=4, label=label)
     axes.axvline(accuracy, color="black", linewidth=1)
-    axes.set(yticks=range(len(shown)), yticklabels=[f"{name} ({items})" for name, items in shown["items"].items()], xlabel="share of right items",
+    axes.set(yticks=range(len(shown)), yticklabels=[f"{no_math(name)} ({items})" for name, items in shown["items"].items()], xlabel="share of right items",
              title=f"{int((table['p_value'] < 0.05).sum())} of {len(table)} slices differ from the other items")
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_scores', 'RunComparer']
 
-# %% ../../nbs/66_explore.compare.ipynb #59b69c78
+# %% ../../nbs/66_explore.compare.ipynb #a8616e86
 import html
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import RunError, read_json
+from ..core import RunError, no_math, read_json
 from ..eval.compare import plot_histories
 from ..eval.metrics import METRICS
 from .view import View, choice, figure_html, row_of
@@ -24,7 +24,7 @@ from ..run.diff import diff_runs
 from ..run.record import Run
 from ..run.table import runs_table
 
-# %% ../../nbs/66_explore.compare.ipynb #86d065de
+# %% ../../nbs/66_explore.compare.ipynb #2697f630
 def plot_scores(
     scores: Mapping[str, Mapping[str, float]],  # value, low and high, by run
     name: str,                                  # of the metric, in words
@@ -34,7 +34,7 @@ def plot_scores(
     for row, one in enumerate(scores.values()):
         axes.plot([one.get("low", one["value"]), one.get("high", one["value"])], [row, row], color="steelblue", linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot(one["value"], row, "o", color="steelblue", markersize=5)
-    axes.set(yticks=range(len(scores)), yticklabels=[label if len(label) < 48 else f"{label[:45]}..." for label in scores], xlabel=f"{name}, test split, with 95 % interval")
+    axes.set(yticks=range(len(scores)), yticklabels=[no_math(label if len(label) < 48 else f"{label[:45]}...") for label in scores], xlabel=f"{name}, test split, with 95 % interval")
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     plt.close(figure)
