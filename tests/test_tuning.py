@@ -1,4 +1,5 @@
 """Searches that are killed, shared and refused."""
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from fmnb.model.head import build_model
 from fmnb.run.execute import run
 from fmnb.train.finetune import train
 from fmnb.train.learner import learner_history, make_learner
-from fmnb.train.tune import Range, ReportEpochs, best_trials, cheapest_trial, open_study, search, trials_table
+from fmnb.train.tune import Range, ReportEpochs, best_trials, cheapest_trial, defaults_trial, open_study, search, trials_table
 
 SPACE = {"rate": Range(1e-4, 1e-1, log=True), "size": (8, 16)}
 CODE = """
@@ -69,6 +70,38 @@ def test_a_killed_search_loses_no_finished_trial(tmp_path):
     assert after["rate"].tolist()[3] == pytest.approx(float(begun(file)[3][1]))  # what was being tried is tried again
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_killed_in_its_first_trial_it_keeps_the_defaults(tmp_path):
+    """They are tried again under another number, and are known by it."""
+    file = tmp_path / "study.db"
+    process, until = begin(file, 0.05, hangs_at=1), time.monotonic() + 120
+    while len(begun(file)) < 1:
+        assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    search(study := open_study(file, SPACE), file, SPACE, lambda values, report: (values["rate"], 1.0), {"rate": 0.01, "size": 8}, 8)
+    first = defaults_trial(study)
+    assert first > 0 and trials_table(study).loc[first, "rate"] == 0.01 and trials_table(study).loc[first, "state"] == "complete"
+    assert first not in best_trials(study, 9) and len(best_trials(study, 9)) == 7
+
+
+@pytest.mark.parametrize("epochs", range(1, 10))
+def test_no_trial_is_ended_at_its_end(epochs, tmp_path):
+    """There is nothing left to save, and its score is known."""
+    def train_once(values, report):
+        for epoch in range(1, epochs + 1):
+            seen.append(epoch)
+            report(epoch, values["rate"] * epoch)
+        return values["rate"] * epochs, 1.0
+    file, seen = tmp_path / "study.db", []
+    search(study := open_study(file, SPACE, epochs=epochs), file, SPACE, train_once, {"rate": 0.05, "size": 8}, 10)
+    table = trials_table(study)
+    assert len(seen) < 10 * epochs if epochs > 2 else len(seen) <= 10 * epochs
+    ended = [max(trial.intermediate_values) for trial in study.get_trials() if trial.state.name == "PRUNED"]
+    assert all(epoch < epochs for epoch in ended) and len(ended) == (table["state"] == "pruned").sum()
+
+
 def test_two_processes_share_a_study(tmp_path):
     file = tmp_path / "study.db"
     processes = [begin(file, 0.4) for _ in range(2)]
@@ -116,15 +149,19 @@ def test_pruned_trials_cost_less(tmp_path):
     def train_once(values, report):
         for epoch in range(1, 11):
             steps.append(epoch)
-            report(epoch, (1 - abs(values["rate"] - 0.01)) * (1 - 0.7**epoch))
-        return 1 - abs(values["rate"] - 0.01), 1.0
+            report(epoch, good(values) - 0.7**epoch)
+        return good(values), 1.0
+
+    def good(values):
+        return -abs(math.log10(values["rate"] / 0.01))
     spent, best = {}, {}
     for prune in (True, False):
         steps = []
         file = tmp_path / f"{prune}.db"
         search(open_study(file, SPACE, epochs=10 * prune), file, SPACE, train_once, {"rate": 0.05, "size": 8}, 20)
-        spent[prune], best[prune] = len(steps), finished(file)["score"].max()
-    assert spent[True] < 0.8 * spent[False] and best[True] > best[False] - 0.01
+        table = finished(file)
+        spent[prune], best[prune] = len(steps), table.loc[table["state"] == "complete", "score"].max()
+    assert spent[True] < 0.8 * spent[False] and best[True] > best[False] - 0.05
 
 
 def test_a_training_is_ended_early(tmp_path):
@@ -158,6 +195,8 @@ def test_short_trainings_are_searched_for_too(tmp_path):
     assert list(table["state"]) == ["complete"] * 5
     assert (table.loc[0, "epochs"], table.loc[0, "backbone.base"]) == (4, 4)  # the defaults first
     assert table["epochs"].between(1, 4).all() and set(table["backbone.base"]) <= {2, 4, 8} and table["epochs"].nunique() > 1
-    assert any("The tuned training took" in finding for finding in done.metrics["findings"])
+    assert any("The tuned training took" in finding or "The defaults stand" in finding for finding in done.metrics["findings"])
+    shorter = done.metrics["models"]["tuned"]["train_seconds"] < done.metrics["models"]["defaults"]["train_seconds"]
+    assert done.metrics["advised"] == "defaults" or shorter
     with pytest.raises(ConfigError, match="strategy"):
         make_config({"strategy": "fastest"})

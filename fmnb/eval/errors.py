@@ -56,14 +56,19 @@ def class_table(
     table[["low", "high"]] = [_class_interval(there, said) for there, said in zip(*(matrix.T for matrix in pair))]
     return table[["precision", "recall", "F1-score", "low", "high", "items"]].sort_values("F1-score")
 
-# %% ../../nbs/52_eval.errors.ipynb #d47e7691
+# %% ../../nbs/52_eval.errors.ipynb #999da2f4
 def plot_confusion(
     predictions: pd.DataFrame,  # the predictions table of one split, one class an item
     axes: Axes | None = None,   # where to draw; None = a new figure
     title: str = "",            # above the matrix
+    most: int = 40,             # classes shown; of more, those with the most errors
 ) -> Axes:
     "The confusion matrix, errors in colour: correct predictions are counted but left white, so that they do not drown them."
     counts = confusion(predictions)
+    if len(counts) > most:
+        wrong = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+        kept, title = counts.index.isin(wrong.nlargest(most).index), f"{title}, {most} of {len(counts):,} classes".lstrip(", ")
+        counts = counts.loc[kept, kept]
     axes = axes if axes is not None else plt.subplots(figsize=(0.42 * len(counts) + 1.6, 0.42 * len(counts) + 1.2), layout="constrained")[1]
     errors = counts.to_numpy() * (1 - np.eye(len(counts), dtype=int))
     text = np.where(counts > 0, counts.astype(str), "")

@@ -13,26 +13,26 @@ import numpy as np
 
 from ..core import derive_seed
 
-# %% ../../nbs/50_eval.interval.ipynb #d6ffdbd8
+# %% ../../nbs/50_eval.interval.ipynb #6ba576ef
 def drawn_confusions(
     counts: np.ndarray,       # a confusion matrix, (classes, classes)
     draws: int = 2000,        # how many
     seed: int = 0,            # same seed, same draws
     stratified: bool = True,  # does each class keep its number of items?
-) -> np.ndarray:              # (draws, classes, classes); classes without items and predictions stay without
+) -> np.ndarray:              # (draws, classes, classes); a class without items keeps an empty row, without predictions too an empty column
     "Confusion matrices, in expected items, of the rates that the counts leave open."
-    rng, drawn = np.random.default_rng(derive_seed(seed, "bootstrap")), np.zeros((draws, *counts.shape))
-    used = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1))
-    weight = 1 / len(used)
-    for number in used[counts.sum(axis=1)[used] > 0]:
+    rng, drawn, sizes = np.random.default_rng(derive_seed(seed, "rates")), np.zeros((draws, *counts.shape)), counts.sum(axis=1)
+    used, there = np.flatnonzero(sizes + counts.sum(axis=0)), np.flatnonzero(sizes)
+    weights = np.clip(1 / sizes[there] / (1 / sizes[there]).sum(), 1 / len(used), 0.5)
+    for number, weight in zip(there, weights):
         row, right = counts[number], used == number
         seen = (row[used] > 0) | right
         prior = np.where(right, weight, weight / max(len(used) - 1, 1))
         parts = np.zeros((draws, len(used)))
         parts[:, seen] = rng.standard_gamma(row[used][seen] + prior[seen], (draws, seen.sum()))
-        if not seen.all():  # together, which makes no difference to speak of
+        if not seen.all():  # errors that were never seen, evenly
             parts[:, ~seen] = rng.standard_gamma(prior[~seen].sum(), (draws, 1)) / (~seen).sum()
-        drawn[:, number, used] = parts * (row.sum() / parts.sum(axis=1, keepdims=True) if stratified else 1)
+        drawn[:, number, used] = parts * (sizes[number] / parts.sum(axis=1, keepdims=True) if stratified else 1)
     return drawn if stratified else drawn * (counts.sum() / drawn.sum(axis=(1, 2), keepdims=True))
 
 

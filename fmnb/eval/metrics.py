@@ -53,7 +53,7 @@ def confusion(
     counts = confusion_matrix(predictions["target"], predictions["prediction"], labels=classes)
     return pd.DataFrame(counts, index=pd.Index(classes, name="target"), columns=pd.Index(classes, name="prediction"))
 
-# %% ../../nbs/51_eval.metrics.ipynb #2eadd4c3
+# %% ../../nbs/51_eval.metrics.ipynb #b62c60c9
 METRICS = {
     "accuracy": "Accuracy", "precision_macro": "Precision", "recall_macro": "Recall", "f1_macro": "F1-score", "f1_weighted": "F1-score, weighted", "f1_micro": "F1-score, micro",
     "balanced_accuracy": "Balanced accuracy", "matthews": "Matthews' correlation", "hamming_loss": "Hamming loss", "top_3_accuracy": "Top-3 accuracy",
@@ -67,14 +67,15 @@ Interval = tuple[float, float, float]  # value, low, high
 def _counts_measured(counts: np.ndarray, level: float, resamples: int, stratified: bool) -> dict[str, Interval]:
     "The metrics of a confusion matrix."
     values, step = metrics_of_confusions(counts), max(1, 2**24 // counts.size)  # resamples at a time, 128 MiB
-    parts = [metrics_of_confusions(drawn_confusions(counts, min(step, resamples - start), start, stratified)) for start in range(0, resamples, step)]
-    found = {name: (float(value), *drawn_interval(value, np.concatenate([part[name] for part in parts]), level)) for name, value in values.items()}
+    both = [[metrics_of_confusions(drawn_confusions(matrix, min(step, resamples - start), start, stratified)) for start in range(0, resamples, step)] for matrix in (counts, counts.T)]
+    drawn = {name: np.concatenate([part[name] for part in both[0]]) for name in values} | {"precision_macro": np.concatenate([part["recall_macro"] for part in both[1]])}
+    found = {name: (float(value), *drawn_interval(value, drawn[name], level)) for name, value in values.items()}
     low, high = wilson_interval(np.trace(counts), counts.sum(), level)
     if values["accuracy"] == 1 and np.count_nonzero(counts) == 1:  # with a single class there is no error to draw
         found = {name: (value, min(low, least), most) for name, (value, least, most) in found.items()}
     return found | {"accuracy": (float(values["accuracy"]), low, high)}
 
-# %% ../../nbs/51_eval.metrics.ipynb #5f8ef778
+# %% ../../nbs/51_eval.metrics.ipynb #20f1b6dd
 def _areas_measured(targets: np.ndarray, scores: np.ndarray, level: float) -> dict[str, Interval]:
     "The areas under the curves of classes against the rest, (items, classes)."
     areas, sizes = areas_of_scores(targets, scores), targets.sum(axis=0)
@@ -82,11 +83,11 @@ def _areas_measured(targets: np.ndarray, scores: np.ndarray, level: float) -> di
     return {name: (value, *area_interval(value, influences, fewest, level)) for name, (value, influences) in areas.items()}
 
 
-def _scores_measured(codes: np.ndarray, scores: np.ndarray, level: float) -> dict[str, Interval]:
+def _scores_measured(codes: np.ndarray, scores: np.ndarray, level: float, stratified: bool) -> dict[str, Interval]:
     "The metrics of the probabilities of one class an item."
     found = {}
     for name, values in item_scores(codes, scores).items():
-        ends = wilson_interval(values.sum(), len(values), level) if name.endswith("accuracy") else mean_interval(values, codes, level)
+        ends = wilson_interval(values.sum(), len(values), level) if name.endswith("accuracy") else mean_interval(values, codes if stratified else np.zeros_like(codes), level)
         found[name] = (float(values.mean()), *ends)
     return found | _areas_measured(np.eye(scores.shape[1], dtype=bool)[codes], scores, level)
 
@@ -121,7 +122,7 @@ def _items_measured(predictions: pd.DataFrame, level: float, resamples: int) -> 
         found = {name: (value, least, max(most, 1 - low)) if name == "hamming_loss" else (value, min(low, least), most) for name, (value, least, most) in found.items()}
     return found | {"accuracy": (right, low, high)}
 
-# %% ../../nbs/51_eval.metrics.ipynb #45014096
+# %% ../../nbs/51_eval.metrics.ipynb #f70fb440
 def _scores_of(predictions: pd.DataFrame, classes: list[str]) -> np.ndarray:
     "The score columns, (items, classes)."
     return predictions[[f"score_{name}" for name in classes]].to_numpy(dtype=float)
@@ -138,7 +139,7 @@ def measure(
     kind, classes = problem_type_of(predictions), classes_of(predictions)
     if kind == "single_label":
         found = _counts_measured(confusion(predictions).to_numpy(), level, resamples, stratified)
-        found |= _scores_measured(pd.Index(classes).get_indexer(predictions["target"]), _scores_of(predictions, classes), level) if classes else {}
+        found |= _scores_measured(pd.Index(classes).get_indexer(predictions["target"]), _scores_of(predictions, classes), level, stratified) if classes else {}
     else:
         found = _items_measured(predictions, level, resamples)
         found |= _areas_measured(label_matrix(predictions["target"], classes), _scores_of(predictions, classes), level) if kind == "multi_label" else {}

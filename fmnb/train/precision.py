@@ -60,7 +60,7 @@ def recurrent_seconds(
         states.float().sum().backward()
     return _quickest(work, device, repeats)
 
-# %% ../../nbs/29_train.precision.ipynb #97b3640b
+# %% ../../nbs/29_train.precision.ipynb #ac079670
 LIGHT = 2e9  # FLOP of a batch forwards; below it a CPU keeps float32
 
 
@@ -77,7 +77,7 @@ def forward_flops(
 
 def model_seconds(
     model: nn.Module,               # to be trained; left as it is
-    inputs: tuple[torch.Tensor, ...],  # a batch, of which 32 items are taken, or a quarter
+    inputs: tuple[torch.Tensor, ...],  # a batch, of which 32 items are taken, or a quarter if that is more
     repeats: int = 2,               # the quickest counts
 ) -> dict[str, float]:              # by precision; 'float16' on accelerators only
     "How long a model takes forwards and backwards, at each precision."

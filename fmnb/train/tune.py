@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values', 'open_study', 'search', 'ReportEpochs',
-           'trials_table', 'best_trials', 'cheapest_trial', 'importances', 'plot_search', 'plot_front']
+           'defaults_trial', 'trials_table', 'best_trials', 'cheapest_trial', 'importances', 'plot_search',
+           'plot_front']
 
 # %% ../../nbs/37_train.tune.ipynb #e5d0da6f
 import os
@@ -89,7 +90,7 @@ def with_values(
             texts[parameter] = ", ".join([*parts, f"{setting}={value:.4g}" if isinstance(value, float) else f"{setting}={value}"])
     return replace(config, **plain, **texts)
 
-# %% ../../nbs/37_train.tune.ipynb #70a73e8d
+# %% ../../nbs/37_train.tune.ipynb #943da9ca
 def _distributions(space: Space) -> dict[str, Any]:
     "The space in Optuna's words."
     made = library("optuna", "Tuning", "train with the defaults").distributions
@@ -108,7 +109,7 @@ def open_study(
     subject: str = "",    # what is tuned, such as a hash of data, model and budget; another one needs another file
     cost: bool = False,   # search for a small cost too? Then no trial is ended early
     seed: int = 0,        # of the search
-    epochs: int = 0,      # of a whole trial; above 0, a trial that is not among the better half after a third or two thirds of them is ended
+    epochs: int = 0,      # of a whole trial; above 0, a trial that is not among the better half just after a third of them, or twice as many, is ended
 ) -> "optuna.Study":
     "Open a study or begin one. Raises `RunError` for a file that is none, `ConfigError` for one of another subject or space."
     optuna = library("optuna", "Tuning", "train with the defaults")
@@ -125,6 +126,7 @@ def open_study(
             if held is None:
                 study.set_user_attr("asked", asked)
                 study.set_user_attr("seed", seed)
+            study.set_user_attr("epochs", epochs)
     except Exception as error:
         if type(error).__module__.startswith(("sqlalchemy", "sqlite3", "alembic")) or isinstance(error, (KeyError, RuntimeError)):
             raise RunError(f"{file} holds no study that can be read ({str(error).splitlines()[0]}); move it away, and a new one is begun.") from None
@@ -134,15 +136,15 @@ def open_study(
         raise ConfigError(f"{file} is a study of {other}; choose another `out`, or set overwrite to begin anew.")
     return study
 
-# %% ../../nbs/37_train.tune.ipynb #9c2b3ad3
+# %% ../../nbs/37_train.tune.ipynb #d55e7c01
 def _give_up_orphans(study: "optuna.Study") -> None:
     "End the trials whose process is gone, and queue their values."
     from optuna.trial import TrialState
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        here = trial.user_attrs.get("host") == platform.node()  # of another machine's processes nothing is known
-        if here and not process_lives(trial.user_attrs["process"]):
+        here = trial.user_attrs.get("host", platform.node()) == platform.node()  # of another machine's processes nothing is known
+        if here and not ("process" in trial.user_attrs and process_lives(trial.user_attrs["process"])):
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+            study.enqueue_trial(trial.params, {"defaults": True} if "defaults" in trial.user_attrs else None)
 
 
 def _take_number(study: "optuna.Study", space: Space, file: Path, n_trials: int, seconds: float) -> "optuna.Trial | None":
@@ -160,8 +162,8 @@ def _take_number(study: "optuna.Study", space: Space, file: Path, n_trials: int,
             return None
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=6, seed=study.user_attrs["seed"] + len(trials))  # by its number, whoever takes it
         trial = study.ask(_distributions(space))
-        trial.set_user_attr("process", os.getpid())
         trial.set_user_attr("host", platform.node())
+        trial.set_user_attr("process", os.getpid())
         return trial
 
 # %% ../../nbs/37_train.tune.ipynb #99e3d23a
@@ -169,7 +171,7 @@ def _within(part: Range | tuple, value: Any) -> Any:
     "A default that a space may hold."
     return value if isinstance(part, tuple) else type(value)(np.clip(value, part.low, part.high)) if not part.whole else int(np.clip(value, part.low, part.high))
 
-# %% ../../nbs/37_train.tune.ipynb #46bc437d
+# %% ../../nbs/37_train.tune.ipynb #b8b42583
 Report = Callable[[int, float], None]  # of the epoch from 1 and its score; raises where the trial is to end
 TrainOnce = Callable[[dict[str, Any], Report], tuple[float, float]]
 
@@ -190,14 +192,14 @@ def search(
     with _lock(Path(file)):
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial({name: _within(part, defaults[name]) for name, part in space.items() if name in defaults}, {"defaults": True})
-    pruned = len(study.directions) == 1
+    pruned, epochs = len(study.directions) == 1, study.user_attrs.get("epochs", 0)
     while (trial := _take_number(study, space, Path(file), n_trials, seconds)) is not None:
         begin = time.perf_counter()
 
         def report(epoch, score, trial=trial):
             if pruned:
                 trial.report(score, epoch)
-                if trial.should_prune():
+                if epoch < epochs and trial.should_prune():  # at the end there is nothing left to save
                     raise optuna.TrialPruned("It fell behind the others.")  # with words, which fastai looks for
         state, values = optuna.trial.TrialState.FAIL, None
         try:
@@ -229,7 +231,14 @@ class ReportEpochs(Callback):
         if rounds and np.isfinite(rounds[-1]["metric"]):
             self.report(len(rounds), float(rounds[-1]["metric"]))
 
-# %% ../../nbs/37_train.tune.ipynb #1051ce32
+# %% ../../nbs/37_train.tune.ipynb #6b9c7f4d
+def defaults_trial(
+    study: "optuna.Study",
+) -> int:  # its number; 0 unless the process that made it was killed
+    "The trial that has the defaults."
+    return max((trial.number for trial in study.get_trials(deepcopy=False) if "defaults" in trial.user_attrs), default=0)
+
+
 def trials_table(
     study: "optuna.Study",
 ) -> pd.DataFrame:  # one row a trial: `trial`, `state`, `score` (of a pruned one, the last reported), `seconds` (where a small cost was searched for: that cost), a column a setting, `problem`
@@ -246,10 +255,11 @@ def trials_table(
 def best_trials(
     study: "optuna.Study",
     most: int = 3,        # trials
-) -> dict[int, dict[str, Any]]:  # their values by number; empty where no other trial than the first was completed
-    "The completed trials with the highest scores, the best first, of equal ones the first; without the first trial, which has the defaults."
+) -> dict[int, dict[str, Any]]:  # their values by number; empty where no other was completed
+    "The completed trials with the highest scores, the best first, of equal ones the first; without the one that has the defaults."
     from optuna.trial import TrialState
-    whole = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if trial.number]
+    first = defaults_trial(study)
+    whole = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if trial.number != first]
     return {trial.number: dict(trial.params) for trial in sorted(whole, key=lambda trial: (-trial.values[0], trial.number))[:most]}
 
 
@@ -306,11 +316,12 @@ def plot_search(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/37_train.tune.ipynb #7a384e82
+# %% ../../nbs/37_train.tune.ipynb #2be08e10
 def plot_front(
     table: pd.DataFrame,       # of `trials_table`
     chosen: int,               # number of the trial that is taken
     score_name: str = "score",  # for the axis
+    defaults: int = 0,         # number of the trial that has the defaults
 ) -> Figure:
     "The score against the seconds of each completed trial, and the front: those that no other beats in both."
     whole = table[table["state"] == "complete"].sort_values(["seconds", "score"], ascending=[True, False])
@@ -318,7 +329,7 @@ def plot_front(
     figure, panel = plt.subplots(figsize=(6, 3.2), layout="constrained")
     panel.plot(whole["seconds"], whole["score"], "o", color="0.75", markersize=5, label="trials")
     panel.plot(front["seconds"], front["score"], "o-", color="C0", drawstyle="steps-post", label="front: none is both shorter and better")
-    for number, colour, words in ((0, "C7", "defaults"), (chosen, "C1", "taken")):
+    for number, colour, words in ((defaults, "C7", "defaults"), (chosen, "C1", "taken")):
         row = table[table["trial"] == number].iloc[0]
         panel.plot(row["seconds"], row["score"], "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=2, label=words)
     panel.set(xscale="log", xlabel="training, seconds", ylabel=score_name)
