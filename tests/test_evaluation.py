@@ -317,3 +317,22 @@ def test_few_items_of_a_class_widen_the_interval():
         held.append(found["low"] <= 0.85 <= found["high"])
         flawless += [held[-1]] if right == 5 else []
     assert np.mean(held) > 0.92 and len(flawless) > 40 and all(flawless)  # a bootstrap cannot hold it there
+
+
+def test_a_large_confusion_matrix_shows_where_the_errors_are():
+    """Of fifty classes, of which eight are mistaken: forty, those eight among them."""
+    target = np.repeat([f"c{number:02d}" for number in range(50)], 4)
+    said = np.where(np.arange(200) % 4 == 0, np.where(target < "c08", "c00", target), target)
+    axes = plot_errors(pd.DataFrame({"item_id": np.arange(200), "split": "test", "target": target, "prediction": said}), title="all")
+    shown = {label.get_text() for label in axes.get_yticklabels()}
+    assert len(shown) == 40 and {f"c{number:02d}" for number in range(8)} <= shown and axes.get_title() == "all, 40 of 50 classes"
+
+
+def test_an_unstratified_mean_is_unsure_of_the_mix():
+    """Two classes whose losses differ: drawn at random, the share of the hard one is chance as well."""
+    table = made(200, 3, 0, shares=[0.5, 0.3, 0.2])
+    easy = (table["target"] == "c0").to_numpy()
+    scores = np.where(easy[:, None], 0.01, np.array([[0.98, 0.01, 0.01]])) + easy[:, None] * np.array([[0.97, 0, 0]])
+    table = table.assign(**{f"score_c{number}": scores[:, number] for number in range(3)}, prediction="c0")
+    width = {stratified: found["high"] - found["low"] for stratified in (True, False) for found in [measure(table, resamples=50, stratified=stratified)["log_loss"]]}
+    assert width[True] < 1e-6 < 0.5 < width[False]

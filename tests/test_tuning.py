@@ -47,6 +47,16 @@ def begun(file):
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def kill_in(file, number):
+    """Let a process begin so many trials, and kill it in the last."""
+    process, until = begin(file, 0.05, hangs_at=number), time.monotonic() + 120
+    while len(begun(file)) < number:
+        assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def finished(file):
     table = trials_table(open_study(file, SPACE))
     return table[table["state"].isin(["complete", "pruned"])]
@@ -55,12 +65,7 @@ def finished(file):
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_a_killed_search_loses_no_finished_trial(tmp_path):
     file = tmp_path / "study.db"
-    process, until = begin(file, 0.05, hangs_at=4), time.monotonic() + 120
-    while len(begun(file)) < 4:
-        assert process.poll() is None and time.monotonic() < until, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_in(file, 4)
     before = finished(file)
     assert len(before) == 3
     search(open_study(file, SPACE), file, SPACE, lambda values, report: (values["rate"], 1.0), {"rate": 0.01, "size": 8}, 8)
@@ -74,12 +79,7 @@ def test_a_killed_search_loses_no_finished_trial(tmp_path):
 def test_killed_in_its_first_trial_it_keeps_the_defaults(tmp_path):
     """They are tried again under another number, and are known by it."""
     file = tmp_path / "study.db"
-    process, until = begin(file, 0.05, hangs_at=1), time.monotonic() + 120
-    while len(begun(file)) < 1:
-        assert process.poll() is None and time.monotonic() < until, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_in(file, 1)
     search(study := open_study(file, SPACE), file, SPACE, lambda values, report: (values["rate"], 1.0), {"rate": 0.01, "size": 8}, 8)
     first = defaults_trial(study)
     assert first > 0 and trials_table(study).loc[first, "rate"] == 0.01 and trials_table(study).loc[first, "state"] == "complete"
