@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'quickest_precision', 'set_out', 'freeze', 'measure_defaults', 'train']
 
-# %% ../../nbs/35_train.finetune.ipynb #5137d7ac
+# %% ../../nbs/35_train.finetune.ipynb #a8be924e
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from .checkpoint import CHECKPOINT, EpochCheckpoints, load_checkpoint, remove_le
 from .features import cannot_cache, feature_learner
 from .learner import RangeTest, epochs_within, range_test, trial
 from .loop import DivergenceError, TrainingState
-from .optimizer import parameter_groups
+from .optimizer import optimizer_function, parameter_groups
 from .precision import choose_precision
-from .recipe import RecipeSettings, Stage, parse_recipe, plan, rate_range
+from .recipe import RecipeSettings, Stage, choose_optimizer, parse_recipe, plan, rate_range
 from .step import StepLearner
 
 # %% ../../nbs/35_train.finetune.ipynb #ce4a3923
@@ -35,7 +35,7 @@ def quickest_precision(
         *inputs, _ = probe.dls.one_batch()
     return choose_precision(next(learn.model.parameters()).device, learn.model, tuple(inputs))
 
-# %% ../../nbs/35_train.finetune.ipynb #d75f53df
+# %% ../../nbs/35_train.finetune.ipynb #4b1e56d7
 def set_out(
     learn: StepLearner,        # its model is prepared in place
     settings: RecipeSettings,  # of the recipe
@@ -61,7 +61,9 @@ def set_out(
     working.trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     working.state.n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     working.accumulate, working.clip, working.opt = settings.accumulate, settings.clip, None
-    working.splitter = partial(parameter_groups, weight_decay=settings.weight_decay, by_layer=settings.name not in ("scratch", "lora"))  # those have one rate
+    optimizer = choose_optimizer(settings, model.description["backbone"]["name"])
+    working.opt_func = optimizer_function(optimizer)
+    working.splitter = partial(parameter_groups, weight_decay=settings.weight_decay, hidden=optimizer == "muon", by_layer=settings.name not in ("scratch", "lora"))  # those have one rate
     if settings.name in ("lora", "head_only"):
         n_trained = working.state.n_trained
         learn.state.notes["trained"] = f"{n_trained:,} weights were trained, {n_trained / sum(p.numel() for p in model.parameters()):.2%} of all."
@@ -88,7 +90,7 @@ def _read_defaults(file: Path, config: Config) -> tuple[Config, RangeTest | None
     found = kept["range_test"] and RangeTest(**kept["range_test"] | {"curve": pd.DataFrame(kept["range_test"]["curve"]), "allowed": tuple(kept["range_test"]["allowed"])})
     return replace(config, **kept["found"]), found
 
-# %% ../../nbs/35_train.finetune.ipynb #ea05afd3
+# %% ../../nbs/35_train.finetune.ipynb #d8be53da
 def measure_defaults(
     learn: StepLearner,  # left as it is
     config: Config,      # after `choose_defaults`
@@ -113,6 +115,9 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: 
     if not settings.precision:
         settings = replace(settings, precision=quickest_precision(learn))
         config = replace(config, recipe=f"{config.recipe}, precision={settings.precision}")
+    optimizer = choose_optimizer(settings, learn.model.description["backbone"]["name"])
+    if optimizer != "adamw" and not settings.optimizer:
+        config = replace(config, recipe=f"{config.recipe}, optimizer={optimizer}")
     if config.learning_rate and not config.budget:
         return config, None
     with trial(learn) as probe:
@@ -120,7 +125,7 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: 
         working = set_out(probe, settings)
         if config.learning_rate == 0:
             freeze(working, stages[0])
-            factor, low, high = rate_range(settings.name, description["family"], modality, description["backbone"]["name"])
+            factor, low, high = rate_range(settings.name, description["family"], modality, description["backbone"]["name"], optimizer)
             found = range_test(working, (low, high), factor, steps=min(100, max(30, config.epochs * len(working.dls.train) // 2)))
             config = replace(config, learning_rate=float(f"{found.learning_rate:.4g}"))
         if config.budget:

@@ -7,7 +7,7 @@ __all__ = ['Space', 'Report', 'TrainOnce', 'Range', 'search_space', 'with_values
            'defaults_trial', 'trials_table', 'best_trials', 'cheapest_trial', 'importances', 'plot_search',
            'plot_front']
 
-# %% ../../nbs/37_train.tune.ipynb #e5d0da6f
+# %% ../../nbs/37_train.tune.ipynb #2c43cc4d
 import os
 import platform
 import statistics
@@ -31,9 +31,9 @@ from ..config import Config
 from ..core import ConfigError, RunError, process_lives, stable_hash
 from ..model.candidate import FACTORS, default_widths
 from ..model.library import library
-from .recipe import EXTERNAL, rate_range
+from .recipe import EXTERNAL, choose_optimizer, parse_recipe, rate_range
 
-# %% ../../nbs/37_train.tune.ipynb #4d9d1471
+# %% ../../nbs/37_train.tune.ipynb #70e77bce
 @dataclass(frozen=True)
 class Range:
     "Numbers to choose from."
@@ -55,7 +55,7 @@ def search_space(
 ) -> Space:
     "What is worth searching for a family and a recipe."
     recipe = config.recipe.partition(",")[0].strip()
-    _, low, high = rate_range(recipe, config.family, modality, backbone["name"])
+    _, low, high = rate_range(recipe, config.family, modality, backbone["name"], choose_optimizer(parse_recipe(config.recipe), backbone["name"]))
     size = config.batch_size
     space: Space = {"learning_rate": Range(low / 5, min(1.0, 5 * high), log=True), "batch_size": tuple(sorted({max(2, size // 2), size, 2 * size}))}
     space |= {"recipe.weight_decay": Range(1e-3, 0.3, log=True), "recipe.warm_up": Range(0.05, 0.4), "head.dropout": Range(0.0, 0.5)}
