@@ -28,7 +28,7 @@ from fmnb.train.callback import learner_history
 from fmnb.train.checkpoint import CHECKPOINT, read_checkpoint
 from fmnb.train.finetune import measure_defaults, train
 from fmnb.train.learner import epochs_within, make_learner, range_test
-from fmnb.train.recipe import EXTERNAL_RATES, RECIPE_FUNCTIONS, parse_recipe
+from fmnb.train.recipe import EXTERNAL_RATES, RECIPE_FUNCTIONS, parse_recipe, rate_range
 from fmnb.train.loop import DivergenceError
 from test_contracts import BODIES, SIZES, sizes, spec
 
@@ -197,7 +197,7 @@ def test_interrupted_and_resumed(body, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["full, precision=bfloat16", "full, precision=float16", "scratch, precision=float32, average=0, accumulate=2, clip=0.1", "gradual, precision=float32, patience=1, keep=last",
-                                  "full, precision=float32, layer_decay=0.5, warm_up=0.5"])
+                                  "full, precision=float32, layer_decay=0.5, warm_up=0.5", "scratch, precision=float32, optimizer=muon", "full, precision=float32, optimizer=muon"])
 def test_each_setting_resumes_exactly(text, tmp_path):
     settings = make_config({"recipe": f"{text}, checkpoint_minutes=0", "epochs": 4, "learning_rate": 3e-3})
     interrupted = learner(callbacks=[CtrlC(3)])
@@ -235,6 +235,18 @@ def test_measured_values_come_from_the_checkpoint(tmp_path):
         train(learner(), make_config(measured.to_dict() | {"seed": 1}), folder=tmp_path)
     with pytest.raises(RunError, match="data_fingerprint is"):
         train(learner(columns=True), measured, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("body", "recipe", "optimizer"), [(("cnn", "image", "pooled"), "scratch", "FilterMuon"), (("cnn", "image", "pooled"), "full", "AdamW"), (IMAGE, "scratch", "AdamW"), (IMAGE, "full, optimizer=muon", "FilterMuon")])
+def test_the_optimizer_is_chosen_and_written_down(body, recipe, optimizer):
+    learn = learner(body)
+    settings, found = measure_defaults(learn, config(recipe, rate=0.0), "image")
+    chosen = parse_recipe(settings.recipe).optimizer
+    assert chosen == ("muon" if optimizer == "FilterMuon" else "")
+    assert rate_range(parse_recipe(recipe).name, *body[:2], body[2], chosen)[1:] == found.allowed
+    parts = getattr(train(learn, settings).opt.opt, "parts", [learn.opt.opt])
+    assert type(parts[0]).__name__ == optimizer
+    assert all(parameter.isfinite().all() for parameter in learn.model.parameters())
 
 
 @pytest.mark.parametrize("recipe", ["scratch", "head_only"])

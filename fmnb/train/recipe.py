@@ -119,12 +119,14 @@ def rate_range(
         return MUON_RATES[family, modality]
     return NEW_LAYER_RATES.get(recipe, LEARNING_RATES[family, modality])
 
-# %% ../../nbs/32_train.recipe.ipynb #8d9bf005
+# %% ../../nbs/32_train.recipe.ipynb #1a8fca96
 def choose_optimizer(
     settings: RecipeSettings,  # of the recipe
     backbone: str,             # the backbone's name
 ) -> str:                      # a name in `OPTIMIZERS`
-    "The optimizer that was asked for, or else the one that suits."
+    "The optimizer that was asked for, or else the one that suits. Raises `ConfigError` for Muon where the head learns alone for a while."
+    if settings.optimizer == "muon" and settings.name in ("head_only", "gradual"):
+        raise ConfigError(f"Recipe {settings.name} trains the head alone, at least at first, and Muon leaves heads to AdamW; leave optimizer out.")
     return settings.optimizer or ("muon" if (settings.name, backbone) == ("scratch", "pooled") else "adamw")
 
 # %% ../../nbs/32_train.recipe.ipynb #2ae1269d
