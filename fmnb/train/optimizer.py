@@ -58,7 +58,7 @@ def quick_start(
 
 AdamW, Muon = quick_start(torch.optim.AdamW), quick_start(torch.optim.Muon)
 
-# %% ../../nbs/29_train.optimizer.ipynb #5b173dd9
+# %% ../../nbs/29_train.optimizer.ipynb #ef0c439e
 def as_matrix(
     weights: torch.Tensor,  # (outputs, inputs, *kernel), channels first or last
 ) -> torch.Tensor:          # (outputs, rest); shares memory
@@ -87,10 +87,12 @@ class FilterMuon(Muon):
             if parameter.grad is not None:
                 alike = parameter.grad.stride() == parameter.stride()
                 gradient = as_matrix(parameter.grad if alike else torch.empty_like(parameter).copy_(parameter.grad))
-                momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
                 parameters.append(as_matrix(parameter))
                 gradients.append(gradient)
-                momenta.append(momentum)
+                momenta.append(state["momentum_buffer"])
         return False
 
 # %% ../../nbs/29_train.optimizer.ipynb #4d9b8a71
