@@ -40,8 +40,8 @@ export: $(INSTALLED)  ## write fmnb/ from the notebooks, and clean them
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-notebooks: $(INSTALLED)  ## execute all notebooks but the reports in place, so that their outputs are evidence
-	for notebook in nbs/*.ipynb; do $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
+notebooks: $(INSTALLED)  ## execute all notebooks but reports and benchmarks in place, so that their outputs are evidence
+	for notebook in nbs/*.ipynb nbs/guides/*.ipynb; do $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 

@@ -148,6 +148,8 @@ def _umask() -> int:
 # %% ../nbs/00_core.ipynb #b32cdc14
 def _finite(value: Any) -> Any:
     "JSON knows no NaN and no infinity: null says 'not defined'."
+    if hasattr(value, "tolist"):  # numpy's
+        value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -28,6 +28,7 @@ from fmnb.train.callback import learner_history
 from fmnb.train.checkpoint import CHECKPOINT, read_checkpoint
 from fmnb.train.finetune import measure_defaults, train
 from fmnb.train.learner import epochs_within, make_learner, range_test
+from fmnb.train.optimizer import hidden_matrices
 from fmnb.train.recipe import EXTERNAL_RATES, RECIPE_FUNCTIONS, parse_recipe, rate_range
 from fmnb.train.loop import DivergenceError
 from test_contracts import BODIES, SIZES, sizes, spec
@@ -246,7 +247,33 @@ def test_the_optimizer_is_chosen_and_written_down(body, recipe, optimizer):
     assert rate_range(parse_recipe(recipe).name, *body[:2], body[2], chosen)[1:] == found.allowed
     parts = getattr(train(learn, settings).opt.opt, "parts", [learn.opt.opt])
     assert type(parts[0]).__name__ == optimizer
+    group = parts[0].param_groups[0]
+    assert (group["momentum"] if optimizer == "FilterMuon" else group["betas"][0]) == (0.95 if optimizer == "FilterMuon" else 0.9)  # as it was made; fastai's schedule would change it
     assert all(parameter.isfinite().all() for parameter in learn.model.parameters())
+
+
+@pytest.mark.parametrize("body", [("cnn", "image", "timm"), ("cnn", "image", "torchvision"), ("transformer", "text", "hugging_face"), IMAGE, TEXT], ids="-".join)
+def test_muon_has_work_in_every_backbone(body):
+    """Also where the layer groups are lists of parameters."""
+    model = learner(body).model
+    hidden, groups = hidden_matrices(model), model.layer_groups()
+    ends = {id(parameter) for group in (groups[0], groups[-1]) for module in group for parameter in module.parameters()}
+    assert hidden and not hidden & ends and hidden <= {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
+
+
+def test_other_settings_are_measured_anew(tmp_path):
+    """What an interrupted training has measured is not put in the place of what is asked for now."""
+    measured, _ = measure_defaults(learner(), config("full", 5, rate=0.0), "image", tmp_path)
+    changed, found = measure_defaults(learner(), config("full", 7, rate=1e-4), "image", tmp_path)
+    assert (changed.epochs, changed.learning_rate, found) == (7, 1e-4, None) and measured.epochs == 5
+
+
+@pytest.mark.parametrize("recipe", ["full", "head_only"])
+def test_a_budget_where_validation_takes_many_batches(recipe):
+    learn = learner()
+    learn.dls = DataLoaders(learn.dls.train, learn.dls.valid.new(bs=1), device="cpu")
+    measured, _ = measure_defaults(learn, config(recipe, 30, budget=0.05), "image")
+    assert 1 <= measured.epochs <= 30
 
 
 @pytest.mark.parametrize("recipe", ["scratch", "head_only"])

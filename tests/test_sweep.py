@@ -122,6 +122,34 @@ def test_failures_are_kept_and_only_they_are_retried(small, tmp_path):
     assert pd.read_csv(out / "sweep.csv")["number"].tolist() == [0, 1, 2]
 
 
+def test_a_retried_run_goes_on_where_it_failed(small, tmp_path):
+    """What its folder holds is kept, unless the notebook has changed."""
+    out, switch = tmp_path / "sweep", tmp_path / "switch"
+    step = f"with open(Path(out, 'count'), 'a') as file: file.write('x')\nassert number == 1 or Path({str(switch)!r}).exists()"
+    assert go_on(small(step), out)["status"].tolist() == ["failed", "finished", "failed"]
+    switch.touch()
+    assert go_on(small(step), out, retry=True)["status"].tolist() == ["finished"] * 3
+    assert sorted(path.read_text() for path in out.glob("*/count")) == ["x", "xx", "xx"]
+    switch.unlink()
+    assert "failed" in set(go_on(small(step), tmp_path / "other")["status"])
+    switch.touch()
+    assert go_on(small(step + "  # another notebook"), tmp_path / "other", retry=True)["status"].tolist() == ["finished"] * 3
+    assert {path.read_text() for path in (tmp_path / "other").glob("*/count")} == {"x"}
+
+
+def test_a_folder_of_something_else_is_left_alone(small, tmp_path):
+    """Neither by the sweep nor by its repetition."""
+    out, report = tmp_path / "sweep", small("pass")
+    table = go_on(report, out)
+    folder = next(path for path in sorted(out.iterdir()) if path.is_dir())
+    for path in list(folder.iterdir()):
+        path.unlink() if path.is_file() else None
+    (folder / "thesis.txt").write_text("mine")
+    for _ in range(2):
+        assert go_on(report, out, retry=True)["status"].tolist().count("finished") == len(table) - 1
+        assert (folder / "thesis.txt").read_text() == "mine"
+
+
 def test_a_worker_dies(small, tmp_path):
     report = small("if number == 1: os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)")
     table = go_on(report, tmp_path / "sweep", warm=False)

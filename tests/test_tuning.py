@@ -86,6 +86,18 @@ def test_killed_in_its_first_trial_it_keeps_the_defaults(tmp_path):
     assert first not in best_trials(study, 9) and len(best_trials(study, 9)) == 7
 
 
+def test_ctrl_c_in_a_notebook(tmp_path):
+    """The process lives on, and what it was trying is tried again."""
+    file, study = tmp_path / "study.db", None
+    for train_once in (lambda values, report: (_ for _ in ()).throw(KeyboardInterrupt), lambda values, report: (values["rate"], 1.0)):
+        try:
+            search(study := open_study(file, SPACE), file, SPACE, train_once, {"rate": 0.01, "size": 8}, 1)
+        except KeyboardInterrupt:
+            assert trials_table(study)["state"].tolist() == ["running"]
+    table = trials_table(study)
+    assert table["state"].tolist() == ["fail", "complete"] and table["rate"].tolist() == [0.01, 0.01] and defaults_trial(study) == 1
+
+
 @pytest.mark.parametrize("epochs", range(1, 10))
 def test_no_trial_is_ended_at_its_end(epochs, tmp_path):
     """There is nothing left to save, and its score is known."""

@@ -309,15 +309,24 @@ def find_overlap(
     column = facts.modality
     both = Facts(column, pd.concat([facts.table, other_facts.table], ignore_index=True), np.concatenate([facts.vectors, other_facts.vectors]))
     side = np.arange(len(both.table)) >= len(items)
-    hashes = pd.Series(np.arange(len(items)), index=facts.table["decoded"])[_comparable(facts)].groupby(level=0).first()
-    match = other_facts.table["decoded"].map(hashes).to_numpy(dtype=float)
-    exact = np.flatnonzero(~np.isnan(match) & _comparable(other_facts))
-    exact = np.stack([match[exact].astype(int), exact + len(items)], axis=1)
-    rest = _comparable(both)
-    rest[exact[:, 1]] = False
-    rest = np.flatnonzero(rest)
+    rest = np.flatnonzero(_comparable(both))
     contents = pd.DataFrame({"item_id": both.table["item_id"], column: pd.concat([items[column], other[column]], ignore_index=True)})
-    pairs = _pairs(both, exact, *_near(contents, both, rest, side[rest]))
+    near, similarity = _near(contents, both, rest, side[rest])
+    decoded = both.table["decoded"].to_numpy()
+    differ = decoded[near[:, 0]] != decoded[near[:, 1]]
+    pairs = _pairs(both, _exact_across(decoded, rest, side), near[differ], similarity[differ])
     if column == "text":
         pairs = pd.concat([pairs, find_contained(items, other)]).drop_duplicates(["left", "right"], ignore_index=True)
     return pairs
+
+
+def _exact_across(decoded: np.ndarray, positions: np.ndarray, side: np.ndarray) -> np.ndarray:
+    "Pairs of positions with the same decoded contents, one on each side: each item of a side with the first of the other, (pairs, 2)."
+    here, there = positions[~side[positions]], positions[side[positions]]
+    pairs = [np.empty((0, 2), dtype=int)]
+    for those, others, order in ((there, here, [0, 1]), (here, there, [1, 0])):
+        first = pd.Series(others, index=decoded[others]).groupby(level=0).first()
+        match = pd.Series(decoded[those]).map(first).to_numpy(dtype=float)
+        found = ~np.isnan(match)
+        pairs.append(np.stack([match[found].astype(int), those[found]], axis=1)[:, order])
+    return np.unique(np.concatenate(pairs), axis=0)

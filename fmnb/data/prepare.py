@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..core import DataError, RunError, cache_dir, did_you_mean, parse_settings, read_json, stable_hash, write_json
+from ..core import DataError, RunError, cache_dir, did_you_mean, parse_settings, process_lives, read_json, stable_hash, write_json
 from .columns import apply_columns, column_sizes, fit_columns
 from .image import FITS, image_column
 from .media import RATES, modality_of
@@ -303,9 +303,5 @@ def _remove_leftovers(folder: Path) -> None:
     "Remove what preparations of this folder left whose process is gone; of another machine's processes nothing is known."
     for path in folder.parent.glob(f"{folder.name}.partial-*-{_HOST}-*"):
         process = path.name.removeprefix(f"{folder.name}.partial-").split("-")[0]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
+        if process.isdigit() and not process_lives(int(process)):
             shutil.rmtree(path, ignore_errors=True)
-        except (ValueError, PermissionError):
-            pass

@@ -10,7 +10,7 @@ __all__ = ['SEVERITIES', 'REPAIRS', 'MOST_TEXTS', 'LEAST_SKILL', 'FAR', 'CHECKS'
            'summarise', 'repair', 'check_overlap']
 
 # %% ../../nbs/11_data.quality.ipynb #a5b7a630
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -374,6 +374,8 @@ def check(
         raise DataError(f"There is no check {unknown[0]!r}. {did_you_mean(unknown[0], CHECKS)}")
     if len(twice := items["item_id"][items["item_id"].duplicated()]):
         raise DataError(f"item_id {twice.iloc[0]!r} occurs more than once; ids must be unique.")
+    if not kinds:
+        return pd.DataFrame(columns=list(COLUMNS), dtype=object)
     problem_type = find_problem_type(items, problem_type)
     path = _cache_path(items, [*kinds, near, problem_type])
     if (kept := _kept(path)) is not None:
@@ -445,6 +447,7 @@ def repair(
     items: pd.DataFrame,                   # the items that were checked; they stay as they are
     findings: pd.DataFrame,                # from `check`
     kinds: Iterable[str] = SAFE_KINDS,     # which kinds of findings to repair, in the order of CHECKS
+    spared: Collection[str] = (),          # ids of items that stay, with their labels, because a person has decided so
 ) -> tuple[pd.DataFrame, pd.DataFrame]:    # new items; log: `item_id`, `kind`, `action`, `before`, `after`, `evidence`
     "Carry out the suggested repairs of some kinds of findings, and say what went and why."
     kinds = set(kinds)
@@ -456,10 +459,10 @@ def repair(
     held_out = set(result.index[result["split"].isin(["valid", "test"])]) if "split" in result else set()  # their labels are what scores are measured by
     for found in wanted.itertuples():
         ids = [item_id for item_id in found.item_ids if item_id in result.index and item_id not in gone]
-        dropped = _to_drop(found.repair, ids, result)
+        dropped = [item_id for item_id in _to_drop(found.repair, ids, result, spared) if item_id not in spared]
         gone.update(dropped)
         log += [(item_id, found.kind, "drop", "kept", "dropped", found.evidence) for item_id in dropped]
-        if found.repair == "relabel" and ids and ids[0] not in held_out:
+        if found.repair == "relabel" and ids and ids[0] not in held_out.union(spared):
             log.append((ids[0], found.kind, "relabel", str(result.at[ids[0], "label"]), found.suggestion, found.evidence))
             result = result.assign(label=result["label"].where(result.index != ids[0], found.suggestion))
     result = result[~result.index.isin(gone)] if gone else result
@@ -467,8 +470,8 @@ def repair(
     return result.reset_index(drop=True), pd.DataFrame(log + grouped, columns=list(LOG_COLUMNS)).astype(str)
 
 # %% ../../nbs/11_data.quality.ipynb #86b871ee
-def _to_drop(action: str, ids: list[str], items: pd.DataFrame) -> list[str]:
-    "Which of the items a repair takes out."
+def _to_drop(action: str, ids: list[str], items: pd.DataFrame, spared: Collection[str]) -> list[str]:
+    "Which of the items a repair takes out; of copies it keeps one that is spared, where there is one."
     if action == "drop":
         return ids
     if action not in ("keep_first", "drop_from_train") or len(ids) < 2:
@@ -476,7 +479,8 @@ def _to_drop(action: str, ids: list[str], items: pd.DataFrame) -> list[str]:
     rank = [_RANK.get(str(items.at[item_id, "split"]), 0) if "split" in items else 0 for item_id in ids]
     if action == "drop_from_train":
         return [item_id for item_id, value in zip(ids, rank) if value < max(rank)]
-    return [item_id for position, item_id in enumerate(ids) if position != rank.index(max(rank))]
+    kept = max(range(len(ids)), key=lambda position: (ids[position] in spared, rank[position]))
+    return [item_id for position, item_id in enumerate(ids) if position != kept]
 
 # %% ../../nbs/11_data.quality.ipynb #6c22bd32
 def _grouped(items: pd.DataFrame, findings: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, ...]]]:

@@ -169,7 +169,8 @@ def load_folder(
     if name_pattern and kind in ("table", "text"):
         raise DataError(f"name_pattern is for images and recordings, and {root} holds {kind}s; leave it empty.")
     if kind == "table":
-        items = load_tables(_tables_by_split(top, files), text_column, label_column)
+        tables = _tables_by_split(top, files)
+        items, passed = load_tables(tables, text_column, label_column), passed + len(files) - len(tables)
     elif kind == "text":
         items = load_text_folder(top, files, labelled)
     else:
@@ -374,7 +375,7 @@ def keep_frame(
     text_column: str = "",   # column of the contents; empty = by its name
     label_column: str = "",  # column of the labels; empty = by its name
 ) -> str:                    # path of an items table
-    "Keep a DataFrame where a report can read it: `run('prepare', {'data': keep_frame(rows)})`."
+    "Keep a DataFrame where a report can read it: `run('prepare', {'data': keep_frame(rows)})`. It lies in the cache, so save it to a file of your own where the run shall be repeated after that was emptied."
     items = load_frame(rows, text_column, label_column)
     path = cache_dir() / "frames" / f"{stable_hash(fingerprint_items(items), items.attrs['source'], items['item_id'].tolist())}.arrow"
     if not path.exists():

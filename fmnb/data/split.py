@@ -113,6 +113,8 @@ def _fill(label: str, sizes: pd.Series, shares: dict[str, float]) -> pd.Series:
         raise few
     for split, share in shares.items():
         chosen = _take_groups(left, max(1, round(sizes.sum() * share)))
+        if not chosen and len(left) > len(shares) - list(shares).index(split):
+            chosen = [left.idxmin()]  # of few large groups one; each split that is still to fill, and training, keeps another
         if not chosen:
             raise DataError(f"{who} no group small enough for the {split} split (the smallest left, {left.idxmin()!r}, has {left.min():,} of {sizes.sum():,} items); split its groups (near duplicates are one group where they were repaired so), add items or drop it.")
         result[chosen] = split
@@ -170,8 +172,11 @@ def _split_by_time(items: pd.DataFrame, shares: dict[str, float]) -> np.ndarray:
     result, left = np.full(len(items), "train", dtype=object), np.ones(len(items), dtype=bool)
     for split, share in shares.items():
         latest = moments[left].sort_values(ascending=False)
-        chosen = left & (moments >= latest.iloc[min(len(latest), max(1, round(share * len(items)))) - 1]).to_numpy()
+        wanted = max(1, round(share * len(items)))
+        chosen = left & (moments >= latest.iloc[min(len(latest), wanted) - 1]).to_numpy()
         left &= ~chosen
+        if left.any() and chosen.sum() - wanted > max(1, wanted / 2):
+            raise DataError(f"The {split} split would get {chosen.sum():,} of {len(items):,} items, where {share:.0%} were asked for, since items of one moment and of one group stay together; split by hash, ask for another share, or give more exact times.")
         if not left.any():
             raise DataError(f"The items have {moments.nunique()} moment(s) in column time, too few to split by time; split by hash, or give more exact times.")
         result[chosen] = split

@@ -50,8 +50,8 @@ class Difference:
 
     @property
     def told_apart(self) -> bool:
-        "Is a difference this large too rare by chance?"
-        return self.p_value < self.alpha
+        "Is a difference this large too rare by chance, and is 0 outside of its interval? Near the edge the two can disagree."
+        return self.p_value < self.alpha and not self.low <= 0 <= self.high
 
 # %% ../../nbs/52_eval.difference.ipynb #2e3f0e4f
 def _added(cells: np.ndarray, model: int, drawn: np.ndarray, size: int) -> np.ndarray:
@@ -258,7 +258,9 @@ def seed_difference(
     level: float = 0.95,             # coverage, in (0, 1)
     resamples: int = 4000,           # bootstrap resamples
 ) -> Difference:                     # its p-value is the share of resamples on the other side of 0, doubled; its number of items is infinite where only more seeds would help
-    "The difference of the main metric, averaged over seeds, with seeds and items as sources of chance. Raises `DataError` for different items."
+    "The difference of the main metric, averaged over seeds, with seeds and items as sources of chance. Raises `DataError` for different items, and for a single seed, which says nothing of others."
+    if min(len(first), len(second)) < 2:
+        raise DataError("A difference over seeds needs two runs of each model or more; train with other seeds, or compare two trained models by paired_difference.")
     tables = [[table.sort_values("item_id", ignore_index=True) for table in part] for part in (first, second)]
     check_same_items({f"{name}, run {number}": table for name, part in zip(names, tables) for number, table in enumerate(part, 1)})
     metric = MAIN_METRIC[problem_type_of(tables[0][0])]

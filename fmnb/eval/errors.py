@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix
 
 from ..core import no_math
 from .interval import drawn_confusions, drawn_interval, wilson_interval
@@ -51,8 +51,9 @@ def class_table(
     else:
         classes = classes_of(predictions)
         pair = [label_matrix(predictions[name], classes) for name in ("target", "prediction")]
-    columns = precision_recall_fscore_support(*pair, labels=range(len(classes)), zero_division=0)
-    table = pd.DataFrame(dict(zip(["precision", "recall", "F1-score", "items"], columns)), index=pd.Index(classes, name="class"))
+    there, said = pair
+    n_hits, n_there, n_said = ((there & said).sum(axis=0), there.sum(axis=0), said.sum(axis=0))
+    table = pd.DataFrame({"precision": n_hits / n_said.clip(1), "recall": n_hits / n_there.clip(1), "F1-score": 2 * n_hits / (n_there + n_said).clip(1), "items": n_there}, index=pd.Index(classes, name="class"))
     table[["low", "high"]] = [_class_interval(there, said) for there, said in zip(*(matrix.T for matrix in pair))]
     return table[["precision", "recall", "F1-score", "low", "high", "items"]].sort_values("F1-score")
 

@@ -101,6 +101,11 @@ def mean_interval(
     "The ABC interval of a mean."
     from scipy.special import ndtri
     sizes = np.bincount(strata)
+    alone = sizes == 1  # classes of one item say nothing of their spread: they are one class here, with the smallest other where there is but one
+    if alone.sum() == 1 and len(sizes) > 1:
+        alone[np.where(alone | (sizes == 0), len(values) + 1, sizes).argmin()] = True
+    strata = np.where(alone[strata], alone.argmax(), strata)
+    sizes = np.bincount(strata)
     centred = (values - (np.bincount(strata, values) / sizes.clip(min=1))[strata]) / len(values)
     centred *= np.sqrt(sizes / (sizes - 1).clip(min=1))[strata]  # the variance within classes without its bias
     bent, ends = acceleration(centred), ndtri([(1 - level) / 2, (1 + level) / 2])

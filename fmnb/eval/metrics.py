@@ -35,7 +35,7 @@ def check_predictions(
         raise DataError(f"{predictions['target'].isin(unknown).sum():,} of {len(predictions):,} items have a label without a score, such as {unknown[0]!r}; predict with a model that knows it, or leave them out.")
     one_each = predictions[["target", "prediction"]].isin(known).all(axis=None)
     sums, named = scores.sum(axis=1), scores.max(axis=1, initial=0)
-    mistaken = one_each and (named <= 0.5).any()  # of several labels, none would be said
+    mistaken = one_each and ((named <= 0.5) & (predictions["prediction"] != "")).any()  # of several labels, none would be said
     for odd, what in ((~np.isfinite(scores).all(axis=1), "a score that is no number"), (((scores < -1e-6) | (scores > 1 + 1e-6)).any(axis=1), "a score outside of [0, 1]"),
                       (mistaken & (np.abs(sums - 1) > 1e-3), "scores that do not sum to one")):
         if odd.any():

@@ -19,7 +19,7 @@ from ..core import ConfigError, FmnbError, cache_dir, did_you_mean
 from .head import OWN_BACKBONES, backbone_sizes, build_backbone, find_backbone, parse_sizes
 from .start import find_start
 from .store import read_description
-from .vision import torchvision_names
+from .vision import torchvision_file, torchvision_names
 
 # %% ../../nbs/30_model.candidate.ipynb #3ef425c7
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _hub_folders() -> list[str]:
 
 def _torchvision_files() -> list[str]:
     "Models of torchvision whose weights have been fetched before."
-    known, files = set(torchvision_names()), (Path(torch.hub.get_dir()) / "checkpoints").glob("*.pth")
-    return [f"torchvision:{name}" for name in sorted({file.stem.rpartition("-")[0] for file in files}) if name in known]
+    held = {file.name for file in (Path(torch.hub.get_dir()) / "checkpoints").glob("*.pth")}
+    return [f"torchvision:{name}" for name in sorted(torchvision_names()) if torchvision_file(name) in held] if held else []
 
 # %% ../../nbs/30_model.candidate.ipynb #31a3bc3e
 def trained_candidate(

@@ -139,7 +139,7 @@ def create_hugging_face(
     wrong += [f"{name} is absent there" for name in sorted(found.get("missing_keys", ())) if not name.startswith("pooler.")]
     if wrong:  # transformers would leave these layers random
         raise ConfigError(f"{len(wrong)} of the weights in {path} do not fit its config.json ({', '.join(wrong[:3])}); copy the model.safetensors of this model.")
-    if model.config.vocab_size < vocab_size or model.config.pad_token_id not in (0, None):
+    if model.config.vocab_size < vocab_size or model.config.pad_token_id != 0:
         raise ConfigError(f"{path} has {model.config.vocab_size:,} tokens and pads with {model.config.pad_token_id}, the data have {vocab_size:,} and pad with 0; prepare them with the model's tokenizer.")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()

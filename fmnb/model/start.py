@@ -94,7 +94,7 @@ def text_start(
         raise ConfigError(f"{folder} holds a {config['model_type']}, which is no text model; for images name a model of timm or torchvision, such as timm:resnet18.")
     _need_file(folder, ("model.safetensors", "model.safetensors.index.json"), "and other files of weights can execute code; convert them first")
     file = _need_file(folder, ("tokenizer.json",), "without which its token numbers mean nothing; save it with tokenizer.save_pretrained")
-    if config.get("pad_token_id", 0) not in (0, None):
+    if config.get("pad_token_id", 0) != 0:
         raise ConfigError(f"{folder} holds a {config['model_type']} that pads with token {config['pad_token_id']}, and fmnb pads with 0, as BERT and its relatives do; choose one of these.")
     from tokenizers import Tokenizer
     try:

@@ -27,6 +27,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ConfigError("--resume goes on with the parameters that the run was begun with; leave REPORT, -f, -p, --out and --overwrite away.")
         return _say_where(resume(arguments.resume, cell_minutes=arguments.cell_minutes, variables=variables))
     values = (read_values(arguments.file) if arguments.file else {}) | dict(arguments.parameter or [])
+    arguments.overwrite = arguments.overwrite or str(values.get("overwrite", "")).lower() in ("true", "yes", "1")  # an interruption asks for it
     _say_where(run(arguments.report, values, arguments.out, arguments.overwrite, cell_minutes=arguments.cell_minutes, variables=variables))
 
 
@@ -179,6 +180,6 @@ def main(
         print(f"fmnb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        anew = running and (parsed.overwrite or "overwrite" in dict(parsed.parameter or []))
+        anew = running and parsed.overwrite
         print(f"fmnb: interrupted{'; the same command ' * running}{'without overwrite ' * anew}{'goes on from there' * running}", file=sys.stderr)
         return 130

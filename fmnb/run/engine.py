@@ -29,6 +29,8 @@ class BoundedClient(PapermillNotebookClient):
     def output(self, outs: list, msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
         "Take an output, or drop it where the cell has had its share."
         content, before = msg["content"], self.sizes[cell_index]
+        if msg["msg_type"] == "stream" and before < OUTPUT_BYTES < before + len(content["text"]):  # many lines come as one message
+            super().output(outs, {**msg, "content": {**content, "text": content["text"][:OUTPUT_BYTES - before]}}, display_id, cell_index)
         self.sizes[cell_index] += len(content.get("text", "")) + sum(len(str(part)) for part in content.get("data", {}).values())
         if self.sizes[cell_index] <= OUTPUT_BYTES or msg["msg_type"] == "error":
             return super().output(outs, msg, display_id, cell_index)

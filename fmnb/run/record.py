@@ -241,7 +241,7 @@ def _refuse_unsafe(folder: Path, needed: Iterable[str]) -> None:
     for path in filter(None, needed):
         if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
             raise RunError(f"The run would replace {folder}, from which it reads {path}; choose another `out`.")
-    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())) and not _read_status(folder):
+    if folder.exists() and (not folder.is_dir() or any(not path.name.endswith(".lock") and not path.name.startswith(".status.json") for path in folder.iterdir())) and not _read_status(folder):
         raise RunError(f"{folder} exists and is not a run folder, so nothing in it is replaced; choose another `out`.")
 
 

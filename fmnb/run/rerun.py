@@ -143,11 +143,13 @@ def rerun(
 ) -> Rerun:
     "Execute a finished run again, and compare. Raises `RunError` for a run that has not finished, was edited, or cannot be repeated."
     done = open_run(Path(folder).resolve())
-    asked, out = read_asked(done.folder), Path(out).resolve() if str(out) else done.folder.with_name(f"{done.folder.name}-rerun")
-    if out == done.folder:
+    asked, out = read_asked(done.folder), Path(out).expanduser().resolve() if str(out) else done.folder.with_name(f"{done.folder.name}-rerun")
+    if done.folder.is_relative_to(out):
         raise RunError(f"The run in {folder} would replace itself; choose another `out`.")
     parameters = resolved_parameters(done)
     with working_folder(asked["working_folder"]):
         again = run(asked["notebook"], parameters, out, overwrite=True, progress=progress)
     identical, result = same_results(done, again)
-    return Rerun(again, identical, result, list(changes(done.config, again.config)))
+    below = {"learning_rate", "epochs"} - set(parameters) and any(done.folder.glob("*/config.json"))
+    measured = ["the runs below: where the learning rate, the epochs within a budget and the precision were not given, they were measured again"] * bool(below)
+    return Rerun(again, identical, result, [*changes(done.config, again.config), *measured])

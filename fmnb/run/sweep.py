@@ -28,8 +28,8 @@ from typing import Any
 import pandas as pd
 
 from ..config import coerce
-from ..core import ConfigError, RunError, atomic_path, did_you_mean, read_json, stable_hash, write_json
-from .execute import _interrupt_on_sigterm, run
+from ..core import ConfigError, FmnbError, RunError, atomic_path, did_you_mean, read_json, stable_hash, write_json
+from .execute import _interrupt_on_sigterm, notebook_hash, run
 from .kernel import notebook_imports, warm_kernels
 from .parameters import VOCABULARY, Parameter, check_values, find_report, read_parameters, report_name, report_paths
 from .record import Run, RunWriter, is_interrupted
@@ -363,12 +363,24 @@ def _write_table(plan: Sequence[SweepRun], found: Mapping[str, Mapping[str, Any]
     return table
 
 # %% ../../nbs/43_run.sweep.ipynb #478e5ef0
+def _begins_anew(folder: Path, status: str, source: str) -> bool:
+    "Can a run not go on where it ended: is its folder unreadable, has it failed before it began, or has its notebook another `source` now?"
+    if status != "failed":
+        return status == "unreadable"
+    file = folder / "config.json"
+    try:
+        return read_json(file)["asked"]["source"] != source
+    except (FmnbError, OSError, KeyError, TypeError):
+        return True
+
+
 def _keep_failure(folder: Path, error: str, died: bool) -> None:
     "Record a failure that the run could not record itself, because it had not begun or its process `died`."
     state = _read_run(folder)["status"]
-    if state == "waiting" or (died and state in ("interrupted", "running")):
+    begins = state == "waiting" and not folder.exists()  # what else lies there is not a run's
+    if begins or (died and state in ("interrupted", "running")):
         folder.mkdir(parents=True, exist_ok=True)
-        begun = {"started": pd.Timestamp.now().astimezone().isoformat(timespec="seconds"), "request": ""} if state == "waiting" else {}
+        begun = {"started": pd.Timestamp.now().astimezone().isoformat(timespec="seconds"), "request": ""} if begins else {}
         RunWriter(folder).write_status("failed", error=error, process=os.getpid(), **begun)
 
 
@@ -401,7 +413,7 @@ def sweep(
     if not 1 <= jobs <= 1000:
         raise ConfigError(f"jobs must be from 1 to 1,000, not {jobs}.")
     question = _question(report, parameters, plan)
-    folder = Path(out) if out else Path("sweeps") / f"{report_name(find_report(report))}-{stable_hash(question, length=8)}"
+    folder = Path(out).expanduser() if out else Path("sweeps") / f"{report_name(find_report(report))}-{stable_hash(question, length=8)}"
     with _claim_sweep(folder, question) as lock, _interrupt_on_sigterm():
         before = _seconds_before(folder)
         found = {planned.name: _read_run(folder / planned.name) | {"seconds": before.get(planned.name)} for planned in plan}
@@ -436,6 +448,7 @@ def _run_all(report: str | Path, left: Sequence[SweepRun], found: dict[str, dict
             bar.update()
 
         save()
+        source = notebook_hash(find_report(report))
         tasks = [{"report": str(report), "parameters": planned.given, "out": str(folder / planned.name), "kernel": kernel,
-                  "overwrite": found[planned.name]["status"] in ("failed", "unreadable"), "variables": {"OMP_NUM_THREADS": str(threads)}} for planned in left]
+                  "overwrite": _begins_anew(folder / planned.name, found[planned.name]["status"], source), "variables": {"OMP_NUM_THREADS": str(threads)}} for planned in left]
         _ask_all(tasks, min(jobs, len(tasks)), lock, done)

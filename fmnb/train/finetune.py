@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ..config import Config
-from ..core import ConfigError, read_json, write_json
+from ..core import ConfigError, read_json, stable_hash, write_json
 from ..model.adapter import add_lora, merge_lora, unmerge_lora
 from .callback import KeepWeights, StopDivergence, WeightAverage
 from .checkpoint import CHECKPOINT, EpochCheckpoints, load_checkpoint, remove_leftovers
@@ -100,12 +100,13 @@ def measure_defaults(
 ) -> tuple[Config, RangeTest | None]:  # the configuration with rate, epochs and precision, and the range test if there was one
     "Find the learning rate where it is 0, the precision where it is left open, and cut the epochs to the budget where there is one."
     file = Path(folder) / "defaults.json" if folder else None
-    if file and file.exists():
+    given = stable_hash({name: value for name, value in config.to_dict().items() if name not in ("out", "overwrite")})
+    if file and file.exists() and read_json(file).get("given", given) == given:  # else something else is asked for now
         return _read_defaults(file, config)
     measured, found = _measure_defaults(learn, config, modality, whole)
     if file:
         test = vars(found) | {"curve": found.curve.to_dict("list")} if found else None
-        write_json(file, {"found": {name: getattr(measured, name) for name in MEASURED}, "range_test": test})
+        write_json(file, {"given": given, "found": {name: getattr(measured, name) for name in MEASURED}, "range_test": test})
     return measured, found
 
 
@@ -153,7 +154,7 @@ def _fit_stages(learn: StepLearner, stages: list[Stage], kept: KeepWeights, file
         rates = stage.rates[-len(learn.model.layer_groups()):]
         peaks = [rates[group["layer_group"]] for group in learn.opt.opt.param_groups]
         learn.first_epoch, resumed = len(learn.state.rounds) - ends[number - 1], False
-        learn.fit_one_cycle(stage.epochs, peaks, pct_start=stage.warm_up, moms=(0.9, 0.9, 0.9))
+        learn.fit_one_cycle(stage.epochs, peaks, pct_start=stage.warm_up, moms=(learn.opt.hypers[0]["mom"],) * 3)  # as the optimizer was made
 
 # %% ../../nbs/35_train.finetune.ipynb #6e7f3e2c
 def _fit(learn: StepLearner, stages: list[Stage], settings: RecipeSettings, file: Path | None, keep: bool) -> None:

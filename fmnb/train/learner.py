@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -169,7 +169,7 @@ def validation_seconds(
     loader = learn.dls.valid
     positions, size = getattr(loader.dataset, "positions", None), loader.bs
     with trial(learn) as probe:
-        if positions is not None and len(loader) > batches:
+        if positions is not None and len(loader) > batches and is_dataclass(loader.dataset):  # rows of features are all of one length
             starts = np.linspace(0, len(loader) - 1, batches).round().astype(int) * size
             some = list(loader.new(dataset=replace(loader.dataset, positions=np.concatenate([positions[start:start + size] for start in starts]))))
         else:

@@ -26,8 +26,9 @@ def hidden_matrices(
     model: nn.Module,  # has `layer_groups()`
 ) -> set[int]:         # `id` of each parameter
     "The weights of linear and recurrent layers and of convolutions between the first and the last layer group."
-    return {id(parameter) for group in model.layer_groups()[1:-1] for module in group for layer in module.modules()
-            if isinstance(layer, (nn.Linear, nn.RNNBase, nn.Conv1d, nn.Conv2d)) and getattr(layer, "groups", 1) == 1 for parameter in layer.parameters(recurse=False) if parameter.ndim > 1}
+    between = {id(parameter) for group in model.layer_groups()[1:-1] for module in group for parameter in module.parameters()}  # those of a library's model come as bare parameters
+    return {id(parameter) for layer in model.modules() if isinstance(layer, (nn.Linear, nn.RNNBase, nn.Conv1d, nn.Conv2d)) and getattr(layer, "groups", 1) == 1
+            for parameter in layer.parameters(recurse=False) if parameter.ndim > 1 and id(parameter) in between}
 
 
 def parameter_groups(

@@ -204,14 +204,17 @@ def pretrain(
         remove_leftovers(file)
         callbacks.append(Checkpoints(file, settings.checkpoint_steps, settings.checkpoint_minutes))
     unused = [callback for callback in learn.cbs if isinstance(callback, (Recorder, CastToTensor))]  # a quarter of a small step's time
-    with learn.removed_cbs(unused), learn.added_cbs(callbacks), learn.no_bar(), learn.no_logging():
-        if file and file.exists():
-            load_checkpoint(learn, file)
-        else:
-            set_out(learn, settings)
-        learn.first_epoch, learn.dls.train.round_steps = len(learn.state.rounds), learn.state.round_steps
-        learn.fit(math.ceil(learn.state.total / learn.state.round_steps), settings.learning_rate)
-        learn.first_epoch = 0
+    model = learn.model
+    try:
+        with learn.removed_cbs(unused), learn.added_cbs(callbacks), learn.no_bar(), learn.no_logging():
+            if file and file.exists():
+                load_checkpoint(learn, file)
+            else:
+                set_out(learn, settings)
+            learn.first_epoch, learn.dls.train.round_steps = len(learn.state.rounds), learn.state.round_steps
+            learn.fit(math.ceil(learn.state.total / learn.state.round_steps), settings.learning_rate)
+    finally:  # while it is validated, the average of the weights is in its place
+        learn.model, learn.first_epoch = model, 0
     if save:
         save(learn)
     if file and not keep:

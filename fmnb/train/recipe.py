@@ -110,7 +110,7 @@ def rate_range(
     family: str,    # 'cnn', 'rnn' or 'transformer'
     modality: str,  # 'image', 'audio' or 'text'
     backbone: str,  # the backbone's name
-    optimizer: str = "adamw",  # a name in `OPTIMIZERS`
+    optimizer: str,  # of `choose_optimizer`
 ) -> tuple[float, float, float]:  # factor on the range test's suggestion, smallest and largest learning rate
     "The learning rates that a recipe may choose for a model."
     if backbone in EXTERNAL:
