@@ -188,7 +188,7 @@ def test_different_items_are_refused():
     with pytest.raises(DataError, match=r"different items \(10 differ, for example i3"):
         check_same_items({"a": first, "b": first.head(30)})
     with pytest.raises(DataError, match="different items"):
-        seed_difference([first], [first.head(30)])
+        seed_difference([first] * 2, [first.head(30)] * 2)
 
 
 def test_a_ranking_of_equal_models_has_one_place():

@@ -92,7 +92,7 @@ def wilson_interval(
     low, high = (centre - half) / (1 + z**2 / total), (centre + half) / (1 + z**2 / total)
     return float(0.0 if hits == 0 else low), float(1.0 if hits == total else high)
 
-
+# %% ../../nbs/50_eval.interval.ipynb #a2cd5bf4
 def mean_interval(
     values: np.ndarray,   # (items,)
     strata: np.ndarray,   # class numbers of a stratified sample, (items,)

@@ -31,7 +31,7 @@ def torchvision_file(
     "The name of the file of weights that `torchvision:NAME` starts from."
     return library("torchvision.models").get_model_weights(name).DEFAULT.url.rpartition("/")[2]
 
-
+# %% ../../nbs/21_model.vision.ipynb #56564659
 def create_torchvision(
     model: str,        # torchvision's name of the model
     channels: int,     # of the images
