@@ -24,7 +24,7 @@ _PROGRESS = re.compile(r"\d%\s?[|━]|\d% \[\d+/\d+|(?:it/s|s/it)\b|Progress\(")
 
 def _last_seen(text: str) -> str:
     "What a terminal shows of a text in the end, without progress bars."
-    lines = [re.sub(r".*\r", "", line.rstrip("\r")) for line in text.split("\n")]
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return "\n".join(line for line in (_CODES.sub("", line) for line in lines) if not _PROGRESS.search(line))
 
 # %% ../../nbs/38_run.page.ipynb #8d2e1d3e
