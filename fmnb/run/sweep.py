@@ -199,6 +199,7 @@ def _work() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anything else prints is no answer
     tasks: queue.SimpleQueue = queue.SimpleQueue()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit as ignored
 
     def listen():
         for line in sys.stdin:

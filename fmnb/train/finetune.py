@@ -123,16 +123,17 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: 
         return config, None
     with trial(learn) as probe:
         stages, description = plan(probe, replace(config, learning_rate=1.0), settings), probe.model.description
-        working = set_out(probe, settings)
-        if config.learning_rate == 0:
-            freeze(working, stages[0])
-            factor, low, high = rate_range(settings.name, description["family"], modality, description["backbone"]["name"], optimizer)
-            found = range_test(working, (low, high), factor, steps=min(100, max(30, config.epochs * len(working.dls.train) // 2)))
-            config = replace(config, learning_rate=float(f"{found.learning_rate:.4g}"))
+        working, share = set_out(probe, settings), 1.0
         if config.budget:
             freeze(working, stages[-1])
             epochs, share = epochs_within(working, config.budget, config.epochs, whole or settings.share < 1)
             config = replace(config, epochs=epochs, recipe=config.recipe + (f", share={share:.3g}" if share < 1 else ""))
+        if config.learning_rate == 0:
+            freeze(working, stages[0])
+            factor, low, high = rate_range(settings.name, description["family"], modality, description["backbone"]["name"], optimizer)
+            steps = round(share * config.epochs * len(working.dls.train))  # of the training: the test takes no more than half of them
+            found = range_test(working, (low, high), factor, steps=min(100, max(30, steps // 2)))
+            config = replace(config, learning_rate=float(f"{found.learning_rate:.4g}"))
     return config, found
 
 # %% ../../nbs/35_train.finetune.ipynb #07f3e10d
