@@ -28,7 +28,7 @@ from .media import RATES, modality_of
 from .problem import PROBLEM_TYPES, find_problem_type, make_targets
 from .sound import spectrogram_column
 from .source import fingerprint_items, save_items
-from .text import token_column
+from .text import token_column, tokenizer_kind
 
 # %% ../../nbs/13_data.prepare.ipynb #e2f8c5a0
 @dataclass(frozen=True)
@@ -284,6 +284,9 @@ def _check_follows(settings: Preprocessing, like: Mapping[str, Any]) -> None:
     spec, made = like["input_spec"], like["preprocessing"]
     follows = dict(image_size=spec.get("height"), max_length=made.get("max_length"), sample_rate=made.get("sample_rate"),
                    image_fit=made.get("fit", settings.image_fit), columns=tuple(made.get("columns", {}).get("kinds", ())))
+    if spec["modality"] == "text":
+        same = _tokenizer_mark(settings.of("text")) == stable_hash(Path(like["tokenizer"]).read_bytes())
+        follows |= dict(tokenizer=settings.tokenizer if same else tokenizer_kind(like["tokenizer"]), vocab_size=max(spec.get("vocab_size", 0), settings.vocab_size))
     for name in settings.of(spec["modality"]):
         if name in follows and getattr(settings, name) not in (getattr(Preprocessing(), name), follows[name]):
             raise DataError(f"{name} is {getattr(settings, name)!r}, and the model to start from was made with {follows[name]!r}; leave {name} out, or start from another model.")

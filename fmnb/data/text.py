@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAD', 'MASK', 'END', 'UNKNOWN', 'TOKENIZERS', 'CHUNK_CHARACTERS', 'TRAINING_CHARACTERS', 'TEXT_AUGMENTATIONS',
-           'train_tokenizer', 'load_tokenizer', 'mask_token', 'end_token', 'word_starts', 'token_column',
-           'random_window', 'mask_tokens', 'mask_spans']
+           'train_tokenizer', 'load_tokenizer', 'tokenizer_kind', 'mask_token', 'end_token', 'word_starts',
+           'token_column', 'random_window', 'mask_tokens', 'mask_spans']
 
 # %% ../../nbs/08_data.text.ipynb #43f10225
 from collections import Counter
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..core import DataError, unit_hash
+from ..core import DataError, read_json, unit_hash
 from .media import normalise_text
 
 # %% ../../nbs/08_data.text.ipynb #6a4ef0ed
@@ -75,6 +75,14 @@ def load_tokenizer(
         raise DataError(f"{file} has no padding token with id 0, only {tokenizer.id_to_token(0)!r} there; use a tokenizer that pads with 0, or train one.")
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_kind(
+    path: str | Path,  # a tokenizer.json
+) -> str:              # one of `TOKENIZERS`, or the name of another model
+    "How a tokenizer cuts words."
+    model = read_json(path)["model"]
+    return {"BPE": "bpe" if model.get("merges") else "char"}.get(model["type"], model["type"].lower())
 
 
 def _first_id(tokenizer: "tokenizers.Tokenizer", names: Iterable[str]) -> int | None:

@@ -104,8 +104,9 @@ def label_matrix(
 def inference_rate(
     model: nn.Module,
     loader: "BatchLoader",  # of one split, not shuffled
-    passes: int = 5,        # passes that are timed
+    passes: int = 5,        # passes that are timed, at most
     at_most: int = 2048,    # items of a pass, evenly spaced
+    enough: float = 2.0,    # seconds after which no further pass begins
 ) -> float:                 # items a second
     "The median rate at which the model predicts this split."
     source, seconds = loader.dataset, []
@@ -116,4 +117,6 @@ def inference_rate(
         for *inputs, _ in some:
             model(*inputs).sum().item()
         seconds.append(time.perf_counter() - start)
-    return len(some.dataset) / float(np.median(seconds[1:]))
+        if sum(seconds[1:]) > enough:
+            break
+    return len(some.dataset) / float(np.median(seconds[1:]))  # the first warms up

@@ -131,8 +131,8 @@ def _measure_defaults(learn: StepLearner, config: Config, modality: str, whole: 
         if config.learning_rate == 0:
             freeze(working, stages[0])
             factor, low, high = rate_range(settings.name, description["family"], modality, description["backbone"]["name"], optimizer)
-            steps = round(share * config.epochs * len(working.dls.train))  # of the training: the test takes no more than half of them
-            found = range_test(working, (low, high), factor, steps=min(100, max(30, steps // 2)))
+            steps = round(share * config.epochs * len(working.dls.train))  # of the training
+            found = range_test(working, (low, high), factor, steps=min(100, max(30, steps // 4)))
             config = replace(config, learning_rate=float(f"{found.learning_rate:.4g}"))
     return config, found
 
