@@ -130,7 +130,7 @@ def test_columns_beside_the_contents_decide(tmp_path):
     assert {"split", "temperature", "site"} <= set(items) and len(items) <= 600
     done = run("finetune", {"data": prepared.folder, "epochs": 8}, out=tmp_path / "run", progress=False)
     assert done.metrics["test"]["accuracy"]["value"] >= 0.8
-    again = run("finetune", {"data": prepared.folder, "epochs": 2, "start_from": done.folder}, out=tmp_path / "again", progress=False)
+    again = run("finetune", {"data": prepared.folder, "epochs": 6, "start_from": done.folder}, out=tmp_path / "again", progress=False)
     assert again.metrics["test"]["accuracy"]["value"] >= 0.8
 
 
