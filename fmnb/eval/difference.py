@@ -66,7 +66,7 @@ class ClassDraws:
     "Differences of a metric of one class an item: as observed, of resamples, and of permutations."
 
     def __init__(self, first: pd.DataFrame, second: pd.DataFrame, metric: str):
-        classes = sorted({*first["target"], *first["prediction"], *second["prediction"]})
+        classes = sorted({name for column in (first["target"], first["prediction"], second["prediction"]) for name in column.unique()})
         codes = [pd.Index(classes).get_indexer(column) for column in (first["target"], first["prediction"], second["prediction"])]
         self.cells, self.counts = np.unique(np.stack(codes), axis=1, return_counts=True)
         self.size, self.metric = len(classes), metric

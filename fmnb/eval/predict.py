@@ -83,9 +83,11 @@ def problem_type_of(
     if pd.api.types.is_numeric_dtype(predictions["target"]):
         return "regression"
     classes = classes_of(predictions)
+    if not classes:
+        return "single_label"
     sums = predictions[[f"score_{name}" for name in classes]].sum(axis=1)
-    known = set(predictions["target"]) | set(predictions["prediction"]) <= set(classes)
-    return "single_label" if not classes or (known and np.allclose(sums, 1, atol=1e-3)) else "multi_label"
+    known = {*predictions["target"].unique(), *predictions["prediction"].unique()} <= set(classes)
+    return "single_label" if known and np.allclose(sums, 1, atol=1e-3) else "multi_label"
 
 
 def label_matrix(

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy.optimize import least_squares
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import DataError, derive_seed
 from .metrics import measure_language
+from ..train.precision import FlopCounter
 
 # %% ../../nbs/55_eval.pretraining.ipynb #d64a4fd4
 def _law(parameters: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -228,10 +228,10 @@ def step_flops(
     "How much arithmetic one training step on this batch takes."
     training = model.training
     model.eval()
-    with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=_fused_flops()) as counter:
+    with torch.random.fork_rng(), FlopCounter(_fused_flops()) as counter:
         model(*inputs)
     model.train(training)
-    return 3 * counter.get_total_flops()
+    return 3 * counter.total
 
 
 def share_of_peak(

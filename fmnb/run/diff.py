@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core import DataError, RunError, read_json
+from ..core import DataError, RunError, import_nbformat, read_json
 from ..eval.difference import paired_difference
 from ..eval.metrics import HEADLINE, METRICS
 from .record import Run
@@ -79,7 +79,7 @@ class CellChange:
 
 def _sources(notebook: Path) -> Any:
     "A notebook with nothing but sources, without ids and without the cells that papermill has put in."
-    import nbformat
+    nbformat = import_nbformat()
     try:
         cells = nbformat.read(notebook, as_version=4).cells
     except FileNotFoundError:

@@ -26,6 +26,11 @@ class BoundedClient(PapermillNotebookClient):
         super().__init__(*arguments, **settings)
         self.sizes = Counter()
 
+    def _cleanup_kernel(self) -> None:
+        if self.kc is not None:  # a heart that stops by order is no failure, after which up to a second is waited for its answer
+            self.kc.hb_channel.pause()
+        super()._cleanup_kernel()
+
     def output(self, outs: list, msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
         "Take an output, or drop it where the cell has had its share."
         content, before = msg["content"], self.sizes[cell_index]

@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..core import write_json
+from ..core import import_nbformat, write_json
 from .machine import package_versions
 from .parameters import report_paths
 
@@ -38,7 +38,7 @@ def notebook_imports(
     paths: Iterable[str | Path],  # notebooks
 ) -> list[str]:                   # import statements, each once, in their order
     "What notebooks import in cells that do nothing else, up to the first that sets `os.environ` or `sys.path`."
-    import nbformat
+    nbformat = import_nbformat()
     statements: dict[str, None] = {}
     for path in paths:
         for cell in nbformat.read(path, as_version=4).cells:
@@ -54,10 +54,10 @@ def notebook_imports(
 
 # %% ../../nbs/42_run.kernel.ipynb #9f6ea9fb
 def _inner_imports() -> list[str]:
-    "The import statements inside the functions of fmnb's loaded modules, and of PyTorch's optimizers."
+    "The import statements inside the functions of fmnb's loaded modules."
     from importlib.metadata import packages_distributions
     distributions, required = packages_distributions(), set(package_versions())
-    statements = ["import torch._dynamo"] if "torch" in sys.modules else []
+    statements = []
     for path in [module.__file__ for name, module in sys.modules.items() if name.startswith("fmnb.")]:
         for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -76,6 +76,7 @@ def _import_all(statements: Iterable[str]) -> None:
     shell = ZMQInteractiveShell.__new__(ZMQInteractiveShell)
     shell.kernel = None
     builtins.get_ipython = lambda: shell
+    import_nbformat()
     for listed in (lambda: statements, _inner_imports):  # the second can be known only after the first
         for statement in listed():
             with suppress(Exception, SystemExit):

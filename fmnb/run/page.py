@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..core import atomic_path
+from ..core import atomic_path, import_nbformat
 
 # %% ../../nbs/38_run.page.ipynb #1116a7b8
 _CODES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -466,7 +466,7 @@ def write_html(
     html: str | Path,      # where to write it for a browser
 ) -> None:
     "Render an executed notebook as one HTML file that loads nothing from elsewhere; code but for the parameters is folded."
-    import nbformat
+    nbformat = import_nbformat()
     from bs4 import BeautifulSoup
     path = Path(notebook)
     cells = _shown_cells(nbformat.read(path, as_version=4).cells)

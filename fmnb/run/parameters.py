@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, check_range, coerce, make_config
-from ..core import ConfigError, did_you_mean
+from ..core import ConfigError, did_you_mean, import_nbformat
 
 # %% ../../nbs/39_run.parameters.ipynb #60b7b266
 def report_name(
@@ -127,7 +127,7 @@ def read_parameters(
     path: str | Path,  # a notebook
 ) -> dict[str, Parameter]:
     "The parameters that a notebook declares. Raises `ConfigError` where it is no notebook, or declares none."
-    import nbformat
+    nbformat = import_nbformat()
     try:
         notebook = nbformat.read(path, as_version=4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError, AttributeError) as error:

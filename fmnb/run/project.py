@@ -10,7 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
-from ..core import ConfigError, atomic_path
+from ..core import ConfigError, atomic_path, import_nbformat
 from .parameters import find_report, read_parameters, report_name
 
 # %% ../../nbs/42_run.project.ipynb #6b9f3f87
@@ -52,7 +52,7 @@ def new_project(
     report: str = "finetune",      # the template that is copied
 ) -> Path:                         # the folder
     "Write a small project. Raises `ConfigError` where the folder is not empty, or the report has no parameter `data`."
-    import nbformat
+    nbformat = import_nbformat()
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there and not empty, so nothing is written into it; choose another folder.")

@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 
 from ..config import coerce
-from ..core import ConfigError, FmnbError, RunError, atomic_path, did_you_mean, read_json, stable_hash, write_json
+from ..core import ConfigError, FmnbError, RunError, atomic_path, did_you_mean, import_nbformat, read_json, stable_hash, write_json
 from .execute import _interrupt_on_sigterm, notebook_hash, run
 from .kernel import notebook_imports, warm_kernels
 from .parameters import VOCABULARY, Parameter, check_values, find_report, read_parameters, report_name, report_paths
@@ -194,6 +194,7 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def _work() -> None:
     "A worker's life."
+    import_nbformat()
     import nbconvert
     import papermill
     answers = os.fdopen(os.dup(1), "w")
