@@ -79,7 +79,7 @@ def test_committed_outputs_are_evidence(path):
 def warm_processes(cache):
     """Each task gets a process of its own, forked from one that has imported what takes long and has done nothing yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastai.vision.all", "nbdev", "scipy.stats", "seaborn", "sklearn.linear_model"])
+    context.set_forkserver_preload(["fastai.vision.all", "nbdev", "scipy.stats", "seaborn", "sklearn.linear_model", "torch._dynamo"])
     return context
 
 
