@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'ITEM_PASSES', 'EPOCHS', 'LEARNING_RATES', 'MUON_RATES', 'NEW_LAYER_RATES', 'EXTERNAL_RATES',
            'EXTERNAL', 'Recipe', 'RECIPE_FUNCTIONS', 'RecipeSettings', 'parse_recipe', 'choose_defaults', 'rate_range',
-           'choose_optimizer', 'Stage', 'scratch', 'full', 'gradual', 'head_only', 'lora', 'plan', 'plot_plan']
+           'choose_optimizer', 'Stage', 'choose_layer_decay', 'scratch', 'full', 'gradual', 'head_only', 'lora', 'plan',
+           'plot_plan']
 
 # %% ../../nbs/32_train.recipe.ipynb #d1f17ea7
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class RecipeSettings:
     patience: int = 0           # epochs of a stage without a better one before the training ends; 0 = never
     keep: str = ""              # which epoch's weights are kept, 'best' or 'last'; empty = last, but best for head_only and with patience
     warm_up: float = 0.25       # share of a stage's steps in which the rate rises
-    layer_decay: float = 0.0    # of full and gradual: rate of a group over that of the next; 0 = tenfold from the first to the last
+    layer_decay: float = 0.0    # of full and gradual: rate of a group over that of the next; 0 = what suits the backbone
     rank: int = 8               # of lora: rank of the updates
     alpha: float = 16.0         # of lora: updates are multiplied by alpha / rank
     checkpoint_minutes: float = 0.5  # at least so many between two checkpoints; 0 = one after each epoch
@@ -138,9 +139,18 @@ class Stage:
     warm_up: float = 0.25      # share of the steps in which the rates rise
 
 # %% ../../nbs/32_train.recipe.ipynb #b6c1a6f8
+def choose_layer_decay(
+    settings: RecipeSettings,  # of the recipe
+    backbone: str,  # the backbone's name
+    n_groups: int,  # layer groups
+) -> float:         # in (0, 1]
+    "The decay that was asked for, or else none for a backbone of fmnb, and a tenth from the first group to the last for one from elsewhere."
+    return settings.layer_decay or (0.1 ** (1 / max(1, n_groups - 1)) if backbone in EXTERNAL else 1.0)
+
+
 def _rates(n_groups: int, config: Config, settings: RecipeSettings) -> tuple[float, ...]:
-    "Rates that grow from the input to the head."
-    decay = settings.layer_decay or 0.1 ** (1 / max(1, n_groups - 1))
+    "Rates that grow from the input to the head, by a decay that is known."
+    decay = settings.layer_decay or 1.0
     return tuple(config.learning_rate * decay ** (n_groups - 1 - group) for group in range(n_groups))
 
 
@@ -185,8 +195,9 @@ def plan(
     settings = settings or parse_recipe(config.recipe)
     if not settings.name or not config.epochs:
         raise ConfigError("A training needs a recipe and a number of epochs; let choose_defaults fill in what was left empty.")
-    adapted = settings.name == "head_only" and hasattr(learn.model.backbone, "adapters")
-    return RECIPE_FUNCTIONS["lora" if adapted else settings.name](len(learn.model.layer_groups()), config, settings)
+    adapted, n_groups = settings.name == "head_only" and hasattr(learn.model.backbone, "adapters"), len(learn.model.layer_groups())
+    decay = choose_layer_decay(settings, learn.model.description["backbone"]["name"], n_groups)
+    return RECIPE_FUNCTIONS["lora" if adapted else settings.name](n_groups, config, replace(settings, layer_decay=decay))
 
 # %% ../../nbs/32_train.recipe.ipynb #5bfe8f2f
 def plot_plan(
