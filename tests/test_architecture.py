@@ -63,7 +63,7 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-ALLOWED = {"core": set(), "config": {"core"}, "data": {"core"}, "model": {"core"}, "train": {"core", "config", "model"}, "run": {"core", "config"}, "eval": {"core"}}
+ALLOWED = {"core": set(), "config": {"core"}, "flops": set(), "data": {"core"}, "model": {"core"}, "train": {"core", "config", "flops", "model"}, "run": {"core", "config"}, "eval": {"core", "flops"}}
 JOINING = 56  # from this number on rooms of runs, widgets and deployment may join what lies below: what reads finished runs, measures the machine, shows things, or asks a model
 
 

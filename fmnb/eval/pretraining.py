@@ -24,7 +24,7 @@ from torch import nn
 
 from ..core import DataError, derive_seed
 from .metrics import measure_language
-from ..train.precision import FlopCounter
+from ..flops import FlopCounter
 
 # %% ../../nbs/55_eval.pretraining.ipynb #d64a4fd4
 def _law(parameters: np.ndarray, steps: np.ndarray) -> np.ndarray:

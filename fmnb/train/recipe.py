@@ -138,7 +138,7 @@ class Stage:
     rates: tuple[float, ...]   # peak learning rate of each layer group from input to head; 0 = frozen
     warm_up: float = 0.25      # share of the steps in which the rates rise
 
-# %% ../../nbs/32_train.recipe.ipynb #b6c1a6f8
+# %% ../../nbs/32_train.recipe.ipynb #08586c22
 def choose_layer_decay(
     settings: RecipeSettings,  # of the recipe
     backbone: str,  # the backbone's name
@@ -147,7 +147,7 @@ def choose_layer_decay(
     "The decay that was asked for, or else none for a backbone of fmnb, and a tenth from the first group to the last for one from elsewhere."
     return settings.layer_decay or (0.1 ** (1 / max(1, n_groups - 1)) if backbone in EXTERNAL else 1.0)
 
-
+# %% ../../nbs/32_train.recipe.ipynb #b6c1a6f8
 def _rates(n_groups: int, config: Config, settings: RecipeSettings) -> tuple[float, ...]:
     "Rates that grow from the input to the head, by a decay that is known."
     decay = settings.layer_decay or 1.0
