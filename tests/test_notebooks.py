@@ -92,10 +92,10 @@ def execute(path: Path) -> str:
     multiprocessing.process._parent_process = None  # what a notebook forks is to be as in a kernel
     shell, said = CaptureShell(path.parent), ""
     for cell in code_cells(path):
-        outputs = shell.run(cell.source)
-        if shell.exc:
-            raise RuntimeError(f"{type(shell.exc).__name__}: {shell.exc}, in the cell\n{cell.source}")
-        said += "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream" and output["name"] == "stderr")
+        done = shell.run_cell(cell.source)
+        if error := done.exception:
+            raise RuntimeError(f"{type(error).__name__}: {error}, in the cell\n{cell.source}")
+        said += done.stderr
     return said
 
 

@@ -214,6 +214,6 @@ def plot_plan(
                               cmap="YlOrRd", edgecolor="white", linewidth=1)
     axes.set(xlabel="epoch", yticks=np.arange(len(rates)) + 0.5, yticklabels=group_names, title="Peak learning rate of each layer group (hatched: frozen)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(picture, label="peak learning rate")
+    figure.colorbar(picture, label="peak learning rate", format="%g")
     plt.close(figure)
     return figure
