@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import Blocks, TokenEmbedding, check_images, masked_max_mean, token_mask
+from .layers import Blocks, Dropout, TokenEmbedding, check_images, masked_max_mean, token_mask
 
 # %% ../../nbs/20_model.cnn.ipynb #81dd517a
 def spread(
@@ -237,7 +237,7 @@ class ConvBlock(nn.Module):
             raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         self.norm = nn.LayerNorm(width)
         self.conv = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         "(batch, length, width) to the same shape; `mask` (batch, length) is True where there is a token."
@@ -262,7 +262,7 @@ class TextCNN(Blocks, nn.Module):
         super().__init__()
         self.vocab_size, self.n_features, self.n_states = vocab_size, 2 * width, width
         self.embedding = TokenEmbedding(vocab_size, width, embedding_dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(ConvBlock(width, kernel_size, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 

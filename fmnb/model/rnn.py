@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import Blocks, TokenEmbedding, check_images, masked_max_mean, token_mask
+from .layers import Blocks, Dropout, TokenEmbedding, check_images, dropout, masked_max_mean, token_mask
 
 # %% ../../nbs/21_model.rnn.ipynb #5351489a
 def embed_steps(
@@ -47,7 +47,7 @@ class ImageRNN(nn.Module):
             return nn.LSTM(embedding, hidden, layers, batch_first=True, bidirectional=True, dropout=between)
         self.embed_rows, self.embed_columns = embed_steps(channels * width, embedding), embed_steps(channels * height, embedding)
         self.read_rows, self.read_columns = lstm(), lstm()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.n_states, self.n_features = 2 * hidden, 8 * hidden
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Dropouts(nn.Module):
         "(batch, length, width) to the same shape."
         if self.locked:
             return F.dropout1d(states.transpose(1, 2), self.dropout, self.training).transpose(1, 2)
-        return F.dropout(states, self.dropout, self.training)
+        return dropout(states, self.dropout, self.training)
 
 # %% ../../nbs/21_model.rnn.ipynb #cab0e07e
 class WeightDrop:
@@ -110,7 +110,7 @@ class WeightDrop:
         if not self.training or self.weight_dropout == 0:
             return super().forward(states)
         weights = [getattr(self, name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]
-        weights[1] = F.dropout(weights[1], self.weight_dropout)
+        weights[1] = dropout(weights[1], self.weight_dropout)
         start = states.new_zeros(1, len(states), self.hidden_size)
         if isinstance(self, nn.LSTM):
             return torch.lstm(states, (start, start), weights, True, 1, 0.0, True, False, True)
@@ -229,7 +229,7 @@ class FrameRNN(Blocks, nn.Module):
         self.shape, self.directions, self.causal = (channels, height, width), directions, directions == 1
         self.embed = embed_steps(channels * width, embedding)
         self.stack = RecurrentStack([embedding, *[hidden] * layers], directions, cell, dropout, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.n_states, self.n_features = directions * hidden, 2 * directions * hidden
 
     def encode(self, sounds: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import Blocks, TokenEmbedding, check_images, masked_max_mean, token_mask
+from .layers import Blocks, Dropout, TokenEmbedding, check_images, masked_max_mean, token_mask
 
 # %% ../../nbs/22_model.transformer.ipynb #44c7b193
 def turns(
@@ -68,7 +68,7 @@ class EncoderBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.feed_forward = nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         with torch.no_grad():
             for added in (self.attention_out, self.feed_forward[2]):
                 added.weight.mul_((2 * depth) ** -0.5)
@@ -244,7 +244,7 @@ class TextTransformer(Blocks, nn.Module):
             raise ValueError("depth must be at least 1")
         self.vocab_size, self.n_features, self.n_states, self.causal = vocab_size, 2 * width, width, causal
         self.embedding = TokenEmbedding(vocab_size, width, embedding_dropout, scale=2)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, expansion, dropout, depth) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
